@@ -1,6 +1,8 @@
-//! Facts, as they happen: the gate, the change feed, scans.
+//! Watches running containers and reports facts: executions, changed files, sessions, scans.
 //!
-//! Plain threads, because disks and the kernel block:
+//! This file starts the threads, connects them by queues and ends them. It decides nothing:
+//! that is for the wings. The pipeline sends [`SensorCommand`]s and receives
+//! [`SensorEvent`]s. The threads are plain ones, because disks and the kernel block:
 //!
 //! ```text
 //! SensorCommand ─> control ── marks ──> gate's process, kernel
@@ -15,8 +17,8 @@
 //! kernel ── rings ──> trace ── what the gate was not asked about ──> unseen
 //! ```
 //!
-//! Nobody here waits for the pipeline but the scan thread; the others count what
-//! does not fit and ask for a walk of the container ([`SensorEvent::Lost`]).
+//! Only the scan thread waits for the pipeline. The others count what does not fit and ask
+//! for a scan of the container ([`SensorEvent::Lost`]).
 
 mod code;
 mod control;
@@ -48,7 +50,7 @@ use self::control::marker::Marker;
 use self::control::{arm, commands};
 use self::core::copyup::Free;
 use self::core::fair;
-use self::core::shared::{Core, LAST_WORDS};
+use self::core::shared::{Core, STOP_GRACE};
 use self::exec::described::Described;
 use self::exec::gate::Arrivals;
 use self::exec::recorder::Recorder;
@@ -76,10 +78,10 @@ use crate::sys::fanotify::{self, Group, Queue};
 use crate::sys::mounts::Notifier;
 use crate::threads::{self, Depth, Event, Left, Role};
 
-/// What of [`Watch::left`] is not lost.
-pub const LEFT_TO_THE_START: &str = "changed files, which the next start looks at";
+/// The entry of [`Watch::left`] that is not a loss.
+pub const LEFT_TO_THE_START: &str = "changed files, which the next start checks";
 
-/// How many executed files may wait to be described, and then to be hashed.
+/// Executed files that may wait to be described, and then to be hashed.
 const CONTENT_QUEUE: usize = 1024;
 const LARGE_QUEUE: usize = 64;
 const PROCESS_QUEUE: usize = 8 * 1024;
@@ -88,11 +90,11 @@ const ORDER_QUEUE: usize = 4 * 1024;
 const LIBRARY_QUEUE: usize = 16 * 1024;
 const INTERPRETER_QUEUE: usize = 4 * 1024;
 
-/// Descriptors for everything but the content queue: what one read of each group
-/// brings, a walk's directories, and the rest of the daemon.
+/// Descriptors for everything except the content queue: the events of one read of each
+/// group, the directories of a scan, and the rest of the daemon.
 const OTHER_DESCRIPTORS: u64 = 2048;
 
-/// The watchers' threads.
+/// The threads that watch.
 #[derive(Debug)]
 pub struct Watch {
     shared: Arc<Exec>,
@@ -102,8 +104,8 @@ pub struct Watch {
     executions: Executions,
     gate: std::process::Child,
     stopper: Stopper,
-    /// Until a thread takes the calls of runtimes, the gate holds none.
-    calls: Option<Receiver<gate::Call>>,
+    /// The gate holds no runtime invocation until a thread takes them.
+    invocations: Option<Receiver<gate::Call>>,
     gate_turns: Arc<AtomicU64>,
 }
 
@@ -120,7 +122,7 @@ impl std::fmt::Debug for Exec {
 }
 
 impl Watch {
-    /// Starts watching, of nothing yet. `gate` was started with [`shards`].
+    /// Starts the threads. No container is watched yet. `gate` was started with [`shards`].
     pub fn start(
         settings: &config::Watch,
         reports: Sender<Box<SensorEvent>>,
@@ -131,7 +133,7 @@ impl Watch {
         Watch::start_with(settings, reports, health, gate, notifier)
     }
 
-    /// The same, notified of new mounts by `notifier`.
+    /// Like [`start`](Watch::start); `notifier` reports new mounts.
     pub fn start_with(
         settings: &config::Watch,
         reports: Sender<Box<SensorEvent>>,
@@ -148,9 +150,9 @@ impl Watch {
         let queue = if settings.bounded_queue { Queue::Bounded } else { Queue::Unlimited };
         let feed = Arc::new(Group::feed(queue)?);
         let (wake_scan, wake) = bounded(1);
-        let (acts, receive_acts) = bounded(COMMAND_QUEUE);
+        let (activity, receive_activity) = bounded(COMMAND_QUEUE);
         let core = Core::new(settings.clone(), reports, health, wake_scan);
-        let processes = Processes::new(Arc::new(core.map_err(Error::Wake)?), acts);
+        let processes = Processes::new(Arc::new(core.map_err(Error::Wake)?), activity);
         let files = Arc::new(Files::new(Arc::new(processes)));
         let shared = Arc::new(Exec::new(Arc::new(Sessions::new(files.clone()))));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
@@ -171,7 +173,7 @@ impl Watch {
         let (recorder, executions) = Recorder::open();
         note_executions(&shared, &executions);
 
-        let (calls, receive_calls) = bounded(arm::QUEUE);
+        let (calls, receive_invocations) = bounded(arm::QUEUE);
         let mut watch = Watch {
             shared: shared.clone(),
             marker: marker.clone(),
@@ -180,7 +182,7 @@ impl Watch {
             executions,
             gate: child,
             stopper: gate_marks.stopper(),
-            calls: Some(receive_calls),
+            invocations: Some(receive_invocations),
             gate_turns: Arc::default(),
         };
         shared.set_stages(queues.stages());
@@ -191,7 +193,7 @@ impl Watch {
         let scan = scan::Scan::new(files.clone(), receive_orders, wake);
         watch.spawn("scan", Role::Owner, Some(depth), || scan.run())?;
         watch.start_consumers(&queues)?;
-        watch.start_listeners(receive_acts)?;
+        watch.start_listeners(receive_activity)?;
         watch.start_trace(&queues, recorder)?;
         watch.start_gate(&queues, &gate_marks, &pulse, (events, calls), exec_feed)?;
         drop(queues);
@@ -212,7 +214,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// The threads that do nothing but take items from queues.
+    /// Starts the threads that only take items from queues.
     fn start_consumers(&mut self, queues: &Queues) -> Result<(), Error> {
         let (ours, large) = (self.shared.clone(), queues.large.0.clone());
         self.consume("content", queues.described.1.clone(), move |queue| {
@@ -242,8 +244,8 @@ impl Watch {
         })
     }
 
-    /// The threads that listen to the kernel for files and sessions.
-    fn start_listeners(&mut self, acts: Receiver<Box<Act>>) -> Result<(), Error> {
+    /// Starts the threads that receive the kernel's events about files and sessions.
+    fn start_listeners(&mut self, activity: Receiver<Box<Act>>) -> Result<(), Error> {
         let ours = self.shared.clone();
         self.spawn("names", Role::Owner, None, move || changes::run(&ours))?;
         let ours = self.shared.clone();
@@ -253,11 +255,11 @@ impl Watch {
         let ours = self.shared.clone();
         self.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
         let ours = self.shared.clone();
-        let depth = threads::depth_of(&acts);
-        self.spawn("sessions", Role::Owner, Some(depth), move || acts::run(&ours, &acts))
+        let depth = threads::depth_of(&activity);
+        self.spawn("sessions", Role::Owner, Some(depth), move || acts::run(&ours, &activity))
     }
 
-    /// The threads of what only the kernel records.
+    /// Starts the threads that read the kernel's records.
     fn start_trace(&mut self, queues: &Queues, recorder: Option<Recorder>) -> Result<(), Error> {
         let ours = self.shared.clone();
         self.consume("unseen", queues.unseen.1.clone(), move |queue| unseen::run(&ours, queue))?;
@@ -268,7 +270,6 @@ impl Watch {
         }
         let Some(recorder) = recorder else { return Ok(()) };
         let processes = &queues.processes.0;
-        // What else is made of the records.
         let consumers: Vec<Box<dyn TraceConsumer>> = vec![
             Box::new(libraries::Tracing::new(queues.loadings.0.clone(), queues.started.0.clone())),
             Box::new(packages::Descent::new(processes.clone())),
@@ -280,7 +281,7 @@ impl Watch {
         self.spawn("trace", Role::Owner, None, || trace.run(recorder))
     }
 
-    /// The threads of what the gate hands on.
+    /// Starts the threads that take what the gate hands over.
     fn start_gate(
         &mut self,
         queues: &Queues,
@@ -313,17 +314,17 @@ impl Watch {
         Ok(())
     }
 
-    /// From now on, containers are armed before their runtime starts them: what
-    /// `watch.arm = "strict"` means.
+    /// From now on, containers are armed before their runtime starts them
+    /// (`watch.arm = "strict"`).
     pub fn arm_before_start(&mut self, scope: &Scope) -> Result<(), Error> {
-        let Some(calls) = self.calls.take() else { return Ok(()) };
+        let Some(invocations) = self.invocations.take() else { return Ok(()) };
         let (core, marker) = (self.shared.core.clone(), self.marker.clone());
-        let depth = threads::depth_of(&calls);
-        let thread = arm::Arming::new(core, marker, self.stopper.marks(), scope, calls)?;
+        let depth = threads::depth_of(&invocations);
+        let thread = arm::Arming::new(core, marker, self.stopper.marks(), scope, invocations)?;
         self.spawn("arming", Role::Owner, Some(depth), || thread.run())
     }
 
-    /// On an error, what was started ends by itself when `self` is dropped.
+    /// Starts a thread. After an error, the threads that run end when `self` is dropped.
     fn spawn(
         &mut self,
         name: &'static str,
@@ -337,7 +338,7 @@ impl Watch {
         Ok(())
     }
 
-    /// The same for a thread that does nothing but take items from a queue.
+    /// Starts a thread that only takes items from a queue.
     fn consume<T: fair::Owned + Send + 'static>(
         &mut self,
         name: &'static str,
@@ -352,7 +353,7 @@ impl Watch {
         Ok(())
     }
 
-    /// What is seen of executions besides what the gate sees.
+    /// How executions are seen that the gate does not see.
     pub fn executions(&self) -> &Executions {
         &self.executions
     }
@@ -361,13 +362,13 @@ impl Watch {
         self.commands.clone()
     }
 
-    /// The process of the gate.
+    /// The gate's process.
     pub fn gate(&self) -> &std::process::Child {
         &self.gate
     }
 
-    /// Turns of the thread that takes what the gate hands on: while they stand still,
-    /// nothing is seen of what is executed.
+    /// Counts the turns of the thread that takes what the gate hands over. While the count
+    /// stands still, no execution is seen.
     pub fn gate_turns(&self) -> Arc<AtomicU64> {
         self.gate_turns.clone()
     }
@@ -377,37 +378,36 @@ impl Watch {
         self.marker.mounts.listings(container)
     }
 
-    /// Closes the gate: the kernel lets everything run from then on.
+    /// Closes the gate: from then on, the kernel allows every execution.
     pub fn close_gate(&self) {
         if self.shared.is_gate_closed.swap(true, Ordering::Relaxed) {
             return;
         }
         if let Err(err) = self.stopper.close() {
-            // Ended already, or to be ended: either way the kernel opens it. Nobody has
-            // waited for it, so that its pid is its own.
-            tracing::debug!("the gate could not be closed and is ended: {err}");
+            // The gate has ended already, or is ended now. Both make the kernel allow every
+            // execution. Its exit was not reaped, so its pid cannot be another process's.
+            tracing::debug!("cannot close the gate, ending its process: {err}");
             let gate = rustix::process::Pid::from_child(&self.gate);
             let _ = rustix::process::kill_process(gate, rustix::process::Signal::KILL);
         }
     }
 
-    /// Ends the threads: what they have seen is told before, as far as there is time.
+    /// Ends the threads. They report what they have seen before, as far as there is time.
     pub fn drain(&self, deadline: Instant) {
         self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
         let running = self.shared.health.threads.wait_for_end(&self.threads, deadline);
         if !running.is_empty() {
-            tracing::warn!(threads = running.join(", "), "threads that are stuck are left behind");
+            tracing::warn!(threads = running.join(", "), "stopping without threads that are stuck");
         }
     }
 
-    /// What the threads had no time to tell.
+    /// What the threads had no time to report.
     pub fn left(&self) -> Vec<Left> {
         let mut left = self.shared.health.threads.left(&self.threads);
-        let untold = self.shared.untold();
         let more = [
-            ("items taken and not told", untold),
-            ("executions answered and not taken from the gate", self.shared.untaken()),
+            ("items taken and not reported", self.shared.unreported()),
+            ("executions that the gate allowed and that were not taken", self.shared.untaken()),
             (LEFT_TO_THE_START, self.shared.dirty.unsettled()),
         ];
         left.extend(
@@ -417,19 +417,19 @@ impl Watch {
         left
     }
 
-    /// Ends everything: the gate first, so that the kernel allows every exec that waits.
+    /// Ends everything, the gate first: then the kernel allows every execution that waits.
     pub fn stop(self) {
         self.close_gate();
-        self.drain(Instant::now() + LAST_WORDS + Duration::from_secs(1));
+        self.drain(Instant::now() + STOP_GRACE + Duration::from_secs(1));
     }
 }
 
-/// How long the gate's process may take to end once nobody takes anything from it.
+/// How long the gate's process may take to end when nothing is taken from it any more.
 const GATE_ENDS_WITHIN: Duration = Duration::from_secs(2);
 
-/// How many groups of the gate ask about an unchanged file only once. More would spare
-/// containers one another's copy-ups, and a daemon more of its user's groups
-/// (`GROUPS_OF_A_DAEMON`).
+/// How many groups of the gate ask about an unchanged file only once. With more, a copy-up
+/// would affect fewer other containers, but the daemon would use more of the groups that its
+/// user may have (`GROUPS_OF_A_DAEMON`).
 pub fn shards(gate: config::Gate) -> u8 {
     match gate {
         config::Gate::Free => 1,
@@ -437,7 +437,7 @@ pub fn shards(gate: config::Gate) -> u8 {
     }
 }
 
-/// Looks after all of the daemon's threads, until the watchers stop.
+/// Supervises all threads of the daemon until the watchers stop.
 fn supervise(shared: &Core) {
     let mut last = Instant::now();
     while !shared.is_stopping() {
@@ -447,17 +447,16 @@ fn supervise(shared: &Core) {
         for event in shared.health.threads.supervise(elapsed) {
             match event {
                 Event::Stuck { name, still, is_replaced, about } => {
-                    let whose = about.map_or(String::new(), |id| {
-                        format!(", busy with something of container {id}")
-                    });
+                    let busy =
+                        about.map_or(String::new(), |id| format!(", at work for container {id}"));
                     let then = if is_replaced {
-                        "another one has taken its place"
+                        "a new thread has taken its place"
                     } else {
                         "driftd ends if this lasts"
                     };
                     let seconds = still.as_secs();
                     let detail = format!(
-                        "the thread `{name}` has made no progress for {seconds} s{whose}: {then}"
+                        "the thread `{name}` has made no progress for {seconds} s{busy}: {then}"
                     );
                     shared.degrade(Failure::ThreadStuck, None, &detail);
                 }
@@ -475,9 +474,9 @@ impl Drop for Watch {
         self.close_gate();
         self.shared.health.threads.begin_end(&self.threads);
         self.shared.stop();
-        // What nobody takes any more is not kept open either.
+        // This releases the queues too, and closes the files that wait in them.
         self.shared.health.threads.forget(&self.threads);
-        // It ends when what it has answered is handed over.
+        // The gate's process ends when it has handed over what it has answered.
         let deadline = Instant::now() + GATE_ENDS_WITHIN;
         while matches!(self.gate.try_wait(), Ok(None)) {
             if Instant::now() >= deadline {
@@ -489,11 +488,11 @@ impl Drop for Watch {
     }
 }
 
-/// A queue, both ends of it.
+/// Both ends of a queue.
 type Ends<T> = (fair::Sender<T>, fair::Receiver<T>);
 
 /// The queues by which executions and code pass from thread to thread. Each thread has its
-/// own ends of them: a receiver ends when all senders are gone, so that this is dropped when
+/// own ends. A receiver ends when all senders are gone, so this value is dropped as soon as
 /// the threads have begun.
 struct Queues {
     limit: usize,
@@ -526,7 +525,7 @@ impl Queues {
         }
     }
 
-    /// Where executions and code wait.
+    /// The places where executions and code wait, by name.
     fn stages(&self) -> Vec<(&'static str, Arc<dyn fair::Waits>)> {
         vec![
             ("take", self.take.waits()),
@@ -541,7 +540,8 @@ impl Queues {
     }
 }
 
-/// Where executions are seen, and the group that reports them if the gate is not asked.
+/// Where marks for executions are placed, and the group that reports executions if the gate
+/// is not asked.
 fn exec_marks(gate: config::Gate, marks: &Marks) -> Result<(ExecMarks, Option<Arc<Group>>), Error> {
     match gate {
         config::Gate::Ask | config::Gate::Free => Ok((ExecMarks::Gate(marks.clone()), None)),
@@ -552,7 +552,7 @@ fn exec_marks(gate: config::Gate, marks: &Marks) -> Result<(ExecMarks, Option<Ar
     }
 }
 
-/// Notes what the kernel records here, and warns of what is missed.
+/// Notes which executions this kernel records, and warns if some are missed.
 fn note_executions(shared: &Exec, executions: &Executions) {
     match executions {
         Executions::Recorded => shared.set_records_executions(),
@@ -566,12 +566,12 @@ fn note_executions(shared: &Exec, executions: &Executions) {
     }
 }
 
-/// How many executed files may wait, given the descriptors that we may open.
+/// How many executed files may wait, given the descriptors that the daemon may open.
 fn content_queue() -> usize {
     let allowed = crate::sys::process::raise_descriptors();
-    // With a process's handle until that is described, then without: in the three queues
-    // before that, in one of which the upper layer's file is open as well, and in one
-    // behind; and two for what only the trace has seen.
+    // An execution holds its file, and the handle of its process until that is described:
+    // in three queues before the description (in one of them, the upper layer's file is open
+    // too), and in one queue after it. Two more are for what only the trace has seen.
     let affordable = allowed.saturating_sub(OTHER_DESCRIPTORS) / 10;
     usize::try_from(affordable).unwrap_or(usize::MAX).clamp(16, CONTENT_QUEUE)
 }

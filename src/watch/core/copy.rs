@@ -1,6 +1,7 @@
-//! Copies of small files, so that the files themselves can be closed at once.
+//! Copies of small files in memory, so that the files themselves can be closed at once.
 //!
-//! All copies together take a bounded part of the memory.
+//! All copies together use a bounded amount of memory. A file that does not fit, or is not
+//! small, stays open and is read where it is hashed.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -8,27 +9,27 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::sys::file::{self, Stat};
 
-/// Longer files stay open and are read where they are hashed.
+/// The size of a small file, at most.
 pub(crate) const SMALL: u64 = 4 << 20;
 
-/// All copies together. What does not fit stays open.
+/// The size of all copies together, at most.
 pub(crate) const MOST: usize = 32 << 20;
 
-/// How much is read before a file that has come meanwhile is asked about.
+/// How much is read at a time. Between two chunks, the caller can serve new files.
 pub(crate) const CHUNK: usize = 256 << 10;
 
-/// A small file's content.
+/// The content of a small file.
 #[derive(Debug)]
 pub(crate) struct Copy {
     pub(crate) bytes: Vec<u8>,
     pub(crate) capability: Option<Box<[u8]>>,
-    /// What is left for all copies.
+    /// The memory that is left for all copies.
     pub(crate) room: Arc<AtomicUsize>,
     pub(crate) size: usize,
 }
 
 impl Copy {
-    /// A place for what a file holds, if it is small and there is room.
+    /// Reserves room for a file's content, if the file is small and there is room.
     pub(crate) fn begin(room: &Arc<AtomicUsize>, stat: &Stat) -> Option<Copy> {
         let size = usize::try_from(stat.size).ok()?;
         if !stat.is_regular() || stat.size > SMALL {
@@ -39,8 +40,8 @@ impl Copy {
         Some(Copy { bytes: Vec::new(), capability: None, room: room.clone(), size })
     }
 
-    /// Reads a file as long as it was, and does something between two chunks of it;
-    /// whether that was possible.
+    /// Reads as many bytes as the file had, and calls `between` after each chunk. False if
+    /// the file could not be read or has become shorter.
     pub(crate) fn read(&mut self, fd: &OwnedFd, mut between: impl FnMut()) -> bool {
         self.capability = file::xattr(fd, "security.capability").unwrap_or(None);
         self.bytes.reserve_exact(self.size);
@@ -75,7 +76,7 @@ impl Drop for Copy {
     }
 }
 
-/// Room for all copies of those who share it.
+/// Room for all copies of the threads that share it.
 pub(crate) fn room() -> Arc<AtomicUsize> {
     Arc::new(AtomicUsize::new(MOST))
 }

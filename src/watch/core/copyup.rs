@@ -1,5 +1,8 @@
-//! Which containers' unchanged programs the kernel asks about only once
-//! (docs/adr/0009): those whose copy-ups the gate can meet before they begin.
+//! Containers in which the kernel asks about an unchanged program only once (docs/adr/0009):
+//! the gate must see their copy-ups before they begin.
+//!
+//! This file decides whether a container fits, assigns it to a shard of the gate and marks
+//! its work directories. The gate's process receives the events; this file never sees them.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -14,37 +17,37 @@ use crate::gate::{Marks, Place};
 use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, overlay};
 
-/// A copy-up that began before we listened is not seen to begin. In a container that
-/// runs already nothing is ignored until such a one must be over.
+/// The begin of a copy-up is not seen if it was before the marks. In a container that runs
+/// already, nothing is ignored until such a copy-up must be over.
 const SETTLES: Duration = Duration::from_secs(30);
 
-/// Every shard of the gate, with the number of its containers.
+/// The shards of the gate, with the number of containers in each.
 #[derive(Debug)]
 pub(crate) struct Free {
     marks: Marks,
     residents: Vec<AtomicUsize>,
 }
 
-/// Where a container's copy-ups are met.
+/// A container's place in a shard.
 #[derive(Debug)]
 pub(crate) struct Residence {
     free: Arc<Free>,
     shard: u8,
-    /// Its work directory's, on the host.
+    /// The directories in its work directory, on the host.
     directories: Vec<PathBuf>,
     free_from: Instant,
 }
 
-/// Why a container's programs are all asked about.
+/// Why a container does not fit: each execution in it is asked about.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unfit {
-    #[error("its overlay does not say where its work directory is")]
+    #[error("its overlay does not name its work directory")]
     NoWorkdir,
     #[error("it was mounted in another mount namespace than the host's")]
     OtherNamespace,
     #[error("its layers are served by another process or machine")]
     Remote,
-    #[error("it can be exported by NFS, and then copies up in another way")]
+    #[error("it can be exported by NFS, which changes how files are copied up")]
     Exported,
     #[error("its work directory is not beside its upper layer")]
     WorkdirElsewhere,
@@ -60,8 +63,8 @@ impl Free {
         Free { marks, residents }
     }
 
-    /// Listens for a container's copy-ups, before its overlay is marked in the
-    /// shard. It is settled later, see [`Residence::settle`].
+    /// Marks a container's work directories for copy-ups, before its overlay is marked in the
+    /// shard. It settles later, see [`Residence::settle`].
     pub(crate) fn admit(
         self: &Arc<Free>,
         mount: &overlay::Mount,
@@ -78,7 +81,7 @@ impl Free {
         if layers.into_iter().any(|layer| overlay::is_remote(layer).unwrap_or(true)) {
             return Err(Unfit::Remote);
         }
-        // With `index=on`, the index is the work directory as well.
+        // With `index=on`, the directory `index` is used as a work directory, too.
         let directories = ["work", "index"].map(|name| workdir.join(name));
         let opened: Vec<(PathBuf, OwnedFd)> = directories
             .into_iter()
@@ -117,31 +120,31 @@ impl Free {
 }
 
 impl Residence {
-    /// Where the container's overlay is to be marked.
+    /// Where the container's overlay must be marked.
     pub(crate) fn place(&self) -> Place {
         Place::Shard(self.shard)
     }
 
-    /// Nobody in the container has run before its marks were there.
+    /// No process of the container ran before its marks were in place.
     pub(crate) fn settle(&mut self) {
         self.free_from = Instant::now();
     }
 
-    /// Whether a copy-up that was never seen to begin must be over.
+    /// Whether every copy-up that began unseen must be over.
     pub(crate) fn has_settled(&self) -> bool {
         self.free_from <= Instant::now()
     }
 
-    /// Everything is asked about again, when this returns.
+    /// When this returns, every program is asked about again.
     pub(crate) fn forget(&self) {
-        // An error: the gate has ended, and nothing is ignored any more.
+        // An error means that the gate has ended: then nothing is ignored any more.
         let _ = self.free.marks.forget(self.shard);
     }
 
-    /// The container has ended.
+    /// Gives up the place, because the container has ended.
     pub(crate) fn leave(&self) {
-        // A directory may be gone, and the marks with it. A later mount of the same
-        // layers makes it anew, and is marked later.
+        // A directory may be gone, and its marks with it. A later mount of the same layers
+        // makes a new one, which is marked then.
         let opened: Vec<OwnedFd> =
             self.directories.iter().filter_map(|path| file::open_directory(path).ok()).collect();
         let opened: Vec<_> = opened.iter().map(OwnedFd::as_fd).collect();
@@ -152,16 +155,16 @@ impl Residence {
     }
 }
 
-/// Whether the paths of an overlay's options mean here what they meant to who
-/// mounted it: the container's shim, which is its init's parent.
+/// Whether the paths of an overlay's options mean the same here as for the process that
+/// mounted it: the container's shim, which is the parent of its init.
 fn is_mounted_here(init: &Handle) -> bool {
     Handle::open(init.first_stat().parent)
         .and_then(|parent| parent.mount_namespace())
         .is_ok_and(procfs::is_host_mount_namespace)
 }
 
-/// Copy-ups use unnamed files where they can; others cannot be told from what is
-/// already copied up.
+/// Checks for unnamed files (`O_TMPFILE`). Copy-ups use them where they can. A copy-up
+/// without them cannot be distinguished from a file that is copied up already.
 fn has_unnamed_files(directory: &Path) -> std::io::Result<()> {
     let made =
         OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory)?;

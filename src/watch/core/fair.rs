@@ -1,11 +1,12 @@
-//! Fair turns between containers: each gets the same share of a thread, by what its
-//! work costs, however much of it waits.
+//! Fair turns between containers: each gets the same share of a thread's time, however much
+//! of its work waits.
 //!
-//! [`Turns`] counts what each container has spent. The one that has spent least is
-//! next (start-time fair queueing): what a container waits for others is at most one
-//! piece of work of each of them. [`Queue`] holds what waits, within one bound; a
-//! container that has the most waiting drops its own and nobody else's. [`channel`]
-//! is such a queue between two threads. [`Pace`] bounds what all of it may cost.
+//! [`Turns`] counts what each container has spent. The container that has spent least is
+//! next (start-time fair queueing): a container waits for at most one piece of work of each
+//! other container. [`Queue`] holds the waiting work, within one bound. When it is full, the
+//! container with the most waiting entries loses one of its own. [`channel`] is such a queue
+//! between two threads. [`Pace`] bounds the cost of all containers together. Nothing here
+//! knows what the work is.
 
 use std::borrow::Borrow;
 use std::collections::{HashMap, VecDeque};
@@ -18,11 +19,11 @@ use crossbeam_channel::{RecvTimeoutError, TrySendError};
 use crate::model::ContainerId;
 use crate::threads;
 
-/// How long one container's work goes on while others wait.
+/// How long a thread works for one container while others wait.
 pub(crate) const SLICE: Duration = Duration::from_millis(4);
 
-/// The cost of a piece of work, in nanoseconds: what it took, and at least one for
-/// each byte that was read or computed.
+/// The cost of a piece of work, in nanoseconds: its duration, and at least one for each byte
+/// that was read or computed.
 pub(crate) fn cost(took: Duration, bytes: u64) -> u64 {
     u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(bytes)
 }
@@ -30,10 +31,10 @@ pub(crate) fn cost(took: Duration, bytes: u64) -> u64 {
 /// What each container has spent.
 #[derive(Debug)]
 pub(crate) struct Turns<K> {
-    /// Of those that have spent more than `floor`.
+    /// Only containers that have spent more than `floor`.
     spent: HashMap<K, u64>,
-    /// What has been spent by whoever was served last. Nobody is behind it: a
-    /// container that had nothing to do saves nothing up.
+    /// What the container that was served last has spent. No container counts as having
+    /// spent less: one that was idle has saved nothing up.
     floor: u64,
 }
 
@@ -51,7 +52,7 @@ impl<K: Clone + Eq + Hash> Turns<K> {
         self.spent.get(key).copied().unwrap_or(0).max(self.floor)
     }
 
-    /// Whose turn it is among those that have something to do.
+    /// The next one among those that have work.
     pub(crate) fn next<'a>(&mut self, ready: impl Iterator<Item = &'a K>) -> Option<&'a K>
     where
         K: 'a,
@@ -65,7 +66,8 @@ impl<K: Clone + Eq + Hash> Turns<K> {
         Some(next)
     }
 
-    /// A piece of work was done. It costs something, or it could be repeated for ever.
+    /// Charges a piece of work. It always costs something: free work could be repeated for
+    /// ever.
     pub(crate) fn charge(&mut self, key: &K, cost: u64) {
         let spent = self.spent(key).saturating_add(cost.max(1));
         match self.spent.get_mut(key) {
@@ -77,7 +79,7 @@ impl<K: Clone + Eq + Hash> Turns<K> {
     }
 }
 
-/// What waits, by whose it is.
+/// The waiting items, by container.
 #[derive(Debug)]
 pub(crate) struct Queue<K, T> {
     waiting: HashMap<K, VecDeque<(Instant, T)>>,
@@ -91,8 +93,8 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
         Queue { waiting: HashMap::new(), turns: Turns::default(), len: 0, capacity }
     }
 
-    /// Lets something wait. Without room, what came last of the container with the
-    /// most waiting goes, and is handed back.
+    /// Adds an item. In a full queue, the newest item of the container with the most waiting
+    /// items is dropped, and returned.
     pub(crate) fn push(&mut self, key: &K, item: T, now: Instant) -> Option<T> {
         let mut dropped = None;
         if self.len >= self.capacity {
@@ -115,10 +117,10 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
         dropped
     }
 
-    /// The next one, whose it is, and since when it has waited.
+    /// The next item, with its container and since when it has waited.
     pub(crate) fn pop(&mut self) -> Option<(K, Instant, T)> {
         let key = self.turns.next(self.waiting.keys())?.clone();
-        let queue = self.waiting.get_mut(&key).expect("it was found among these");
+        let queue = self.waiting.get_mut(&key).expect("the key is one of these");
         let (since, item) = queue.pop_front().expect("empty queues are removed");
         if queue.is_empty() {
             self.waiting.remove(&key);
@@ -127,14 +129,14 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
         Some((key, since, item))
     }
 
-    /// Something is not finished: it is the next of its container. It had its place,
-    /// so there is one more than the bound at most.
+    /// Returns an unfinished item: it is the next one of its container. It had a place
+    /// before, so the bound is exceeded by one at most.
     pub(crate) fn put_back(&mut self, key: &K, item: T, since: Instant) {
         self.waiting.entry(key.clone()).or_default().push_front((since, item));
         self.len += 1;
     }
 
-    /// Something comes back that had its place before, and is the next of its container.
+    /// Returns an item that waited elsewhere: it is the next one of its container.
     pub(crate) fn come_back(&mut self, key: &K, item: T, now: Instant) {
         let oldest = self.waiting.get(key).and_then(VecDeque::front);
         let since = oldest.map_or(now, |(since, _)| *since);
@@ -153,13 +155,13 @@ impl<K: Clone + Eq + Hash, T> Queue<K, T> {
         self.waiting.get(key).map_or(0, VecDeque::len)
     }
 
-    /// How many wait of each container, and since when its oldest one does.
+    /// For each container, how many items wait, and since when the oldest one does.
     pub(crate) fn backlog(&self) -> impl Iterator<Item = (&K, usize, Instant)> {
         self.waiting.iter().filter_map(|(key, queue)| Some((key, queue.len(), queue.front()?.0)))
     }
 }
 
-/// What belongs to a container.
+/// An item that belongs to a container.
 pub(crate) trait Owned {
     fn owner(&self) -> &ContainerId;
 }
@@ -170,7 +172,7 @@ impl<T: Owned + ?Sized> Owned for Box<T> {
     }
 }
 
-/// How many wait of a container, and since when the oldest one does.
+/// A container, how many of its items wait, and since when the oldest one does.
 pub(crate) type Waiting = (ContainerId, usize, Instant);
 
 /// A place where work waits.
@@ -198,12 +200,12 @@ struct State<T> {
     queue: Queue<ContainerId, T>,
     senders: usize,
     receivers: usize,
-    /// Receivers that are to be woken.
+    /// Receivers that must be woken.
     waiting: usize,
     served: Option<Served>,
 }
 
-/// What the receiver is busy with.
+/// The item that the receiver is at work on.
 #[derive(Debug)]
 struct Served {
     owner: ContainerId,
@@ -217,8 +219,8 @@ impl<T> Channel<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes a receiver if one waits. That costs a system call, and the gate is among those
-    /// that send.
+    /// Wakes a receiver, only if one waits: that costs a system call, and the gate's thread is
+    /// one of the senders.
     fn wake_one(&self, state: MutexGuard<'_, State<T>>) {
         let wakes = state.waiting > 0;
         drop(state);
@@ -255,8 +257,8 @@ pub(crate) struct Sender<T> {
 }
 
 impl<T: Owned> Sender<T> {
-    /// Never waits. `Full` hands back what was dropped, which may be another one of
-    /// another container: of the one that has the most waiting.
+    /// Never waits. `Full` returns the dropped item. It may be another item, of another
+    /// container: the one with the most waiting items.
     pub(crate) fn try_send(&self, item: T) -> Result<(), TrySendError<T>> {
         let mut state = self.channel.lock();
         if state.receivers == 0 {
@@ -268,8 +270,8 @@ impl<T: Owned> Sender<T> {
         dropped.map_or(Ok(()), |dropped| Err(TrySendError::Full(dropped)))
     }
 
-    /// Sends an item that was received before and has waited elsewhere. A full queue takes
-    /// it too: the place where it waited has a bound of its own.
+    /// Sends an item that was received before and has waited elsewhere. A full queue takes it
+    /// too: the other place has a bound of its own.
     pub(crate) fn send_back(&self, item: T) {
         let mut state = self.channel.lock();
         let owner = item.owner().clone();
@@ -281,7 +283,7 @@ impl<T: Owned> Sender<T> {
         self.channel.lock().queue.len()
     }
 
-    /// How many wait of one container.
+    /// How many items of one container wait.
     pub(crate) fn len_of(&self, owner: &ContainerId) -> usize {
         self.channel.lock().queue.len_of(owner)
     }
@@ -319,7 +321,7 @@ impl<T: Owned> Receiver<T> {
         Some(item)
     }
 
-    /// Waits for the next one, for no longer than that. What was received before is
+    /// Waits for the next item, for `at_most` that long. The item received before counts as
     /// finished. A thread that was replaced gets none.
     pub(crate) fn recv_timeout(&self, at_most: Duration) -> Result<T, RecvTimeoutError> {
         if threads::is_replaced() {
@@ -354,13 +356,13 @@ impl<T: Owned> Receiver<T> {
         }
     }
 
-    /// What was received last is finished, and what comes next is not its cost.
+    /// The item received last is finished: later time is not charged to it.
     pub(crate) fn finish(&self) {
         Self::settle(&mut self.channel.lock());
     }
 
-    /// What was received last is not finished: others have their turn, then it goes
-    /// on.
+    /// The item received last is not finished: other containers have their turn, then it
+    /// continues.
     pub(crate) fn put_back(&self, item: T) {
         let mut state = self.channel.lock();
         let since = Self::settle(&mut state).map_or_else(Instant::now, |served| served.since);
@@ -378,20 +380,20 @@ impl<T: Owned> Receiver<T> {
 }
 
 impl<T: Owned + Send + 'static> Receiver<T> {
-    /// How many wait.
+    /// Returns a function that counts the waiting items.
     pub(crate) fn depth(&self) -> threads::Depth {
         let channel = self.channel.clone();
         Box::new(move || channel.lock().queue.len())
     }
 
-    /// What waits here, for whoever asks.
+    /// The waiting items, for the statistics of backlogs.
     pub(crate) fn waits(&self) -> Arc<dyn Waits> {
         self.channel.clone()
     }
 }
 
-/// For the thread that takes the place of one that does not come back. What that one
-/// is busy with is its container's cost.
+/// For a thread that replaces a stuck one. The stuck thread's work is still charged to its
+/// container.
 impl<T> Clone for Receiver<T> {
     fn clone(&self) -> Receiver<T> {
         self.channel.lock().receivers += 1;
@@ -406,7 +408,7 @@ impl<T> Drop for Receiver<T> {
         if state.receivers > 0 {
             return;
         }
-        // Held files are closed, and not when the last sender ends.
+        // Closes the held files now, and not only when the last sender ends.
         let capacity = state.queue.capacity;
         let left = std::mem::replace(&mut state.queue, Queue::new(capacity));
         drop(state);
@@ -414,13 +416,13 @@ impl<T> Drop for Receiver<T> {
     }
 }
 
-/// How much of a processor something may take, on the whole: a bucket that fills by
-/// the time and is emptied by what was used.
+/// Bounds the use of a processor over time: a bucket that fills as time passes and is emptied
+/// by use.
 #[derive(Debug)]
 pub(crate) struct Pace {
-    /// One part in so many.
+    /// The share is one in `part`.
     part: u32,
-    /// What can be saved up, in nanoseconds.
+    /// The most that can be saved up, in nanoseconds.
     burst: i64,
     left: i64,
     at: Instant,
@@ -432,10 +434,10 @@ impl Pace {
         Pace { part, burst, left: burst, at: now }
     }
 
-    /// How long to wait before something may be used again; zero if it may be now.
+    /// How long to wait before the processor may be used again; zero if it may be used now.
     pub(crate) fn wait(&mut self, now: Instant) -> Duration {
         let earned = now.saturating_duration_since(self.at) / self.part;
-        // What is less than a nanosecond is not thrown away.
+        // Less than a nanosecond is not lost, but counted later.
         if !earned.is_zero() {
             let earned = i64::try_from(earned.as_nanos()).unwrap_or(i64::MAX);
             self.left = self.left.saturating_add(earned).min(self.burst);
@@ -454,7 +456,7 @@ impl Pace {
     }
 }
 
-/// What the calling thread has used of the processors since it began.
+/// The processor time of the calling thread since it began.
 pub(crate) fn processor_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
@@ -470,15 +472,15 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Costs and arrivals of three containers: `(whose, cost)` arrives, or one is
-    /// served.
+    /// Arrivals and services for three containers: `(container, cost)` arrives, or one item
+    /// is served.
     fn events() -> impl Strategy<Value = Vec<Option<(u8, u64)>>> {
         prop::collection::vec(prop::option::of((0_u8..3, 1_u64..1000)), 1..400)
     }
 
     proptest! {
         #[test]
-        fn x10_two_that_always_have_work_get_the_same_share(
+        fn x10_two_busy_containers_get_the_same_share(
             costs in prop::collection::vec((1_u64..1000, 1_u64..1000), 50..200),
         ) {
             let mut turns = Turns::default();
@@ -488,13 +490,13 @@ mod tests {
                 let cost = [one, other][key];
                 turns.charge(&key, cost);
                 spent[key] += cost;
-                // No further apart than one piece of work of each.
+                // The difference is less than one piece of work of each.
                 prop_assert!(spent[0].abs_diff(spent[1]) < 2000, "{spent:?}");
             }
         }
 
         #[test]
-        fn x10_nobody_waits_for_more_than_one_piece_of_each_other(
+        fn x10_a_container_waits_for_at_most_one_piece_of_each_other(
             others in 1_usize..40, flood in prop::collection::vec(1_u64..1000, 40..400),
         ) {
             let mut queue = Queue::new(1000);
@@ -539,7 +541,7 @@ mod tests {
         }
 
         #[test]
-        fn x10_a_full_queue_drops_of_the_longest_backlog_only(events in events()) {
+        fn x10_a_full_queue_drops_only_from_the_longest_backlog(events in events()) {
             const CAPACITY: usize = 16;
             let mut queue = Queue::new(CAPACITY);
             let now = Instant::now();
@@ -551,16 +553,16 @@ mod tests {
                         let longest = *waiting.iter().max().unwrap();
                         waiting[usize::from(key)] += 1;
                         pushed += 1;
-                        if let Some((whose, _)) = queue.push(&key, (key, cost), now) {
+                        if let Some((owner, _)) = queue.push(&key, (key, cost), now) {
                             dropped += 1;
                             prop_assert_eq!(pushed - popped - dropped, CAPACITY);
-                            let whose = usize::from(whose);
-                            prop_assert!(waiting[whose] >= longest, "of who has the most");
-                            waiting[whose] -= 1;
+                            let owner = usize::from(owner);
+                            prop_assert!(waiting[owner] >= longest, "it has the most");
+                            waiting[owner] -= 1;
                         }
                     }
-                    None => if let Some((key, _, (whose, cost))) = queue.pop() {
-                        prop_assert_eq!(key, whose);
+                    None => if let Some((key, _, (owner, cost))) = queue.pop() {
+                        prop_assert_eq!(key, owner);
                         queue.charge(&key, cost);
                         waiting[usize::from(key)] -= 1;
                         popped += 1;
@@ -586,7 +588,7 @@ mod tests {
                 let wait = pace.wait(now);
                 if !wait.is_zero() {
                     now += wait;
-                    prop_assert_eq!(pace.wait(now), Duration::ZERO, "it said how long to wait");
+                    prop_assert_eq!(pace.wait(now), Duration::ZERO, "the wait was long enough");
                 }
                 let piece = Duration::from_nanos(piece);
                 pace.spend(piece);
@@ -619,7 +621,7 @@ mod tests {
             sender.try_send(item("flood", number)).unwrap();
         }
         assert_eq!(sender.try_send(item("flood", 8)), Err(TrySendError::Full(item("flood", 8))));
-        // The neighbour has room, and the loss is the flood's.
+        // The neighbour's item has room, and the flood loses one.
         assert_eq!(sender.try_send(item("calm", 0)), Err(TrySendError::Full(item("flood", 7))));
         let first = receiver.recv_timeout(LONG).unwrap();
         if first == item("flood", 0) {
@@ -630,7 +632,7 @@ mod tests {
     }
 
     #[test]
-    fn x10_what_is_put_back_lets_others_go_first_and_is_still_seen_to_wait() {
+    fn x10_an_item_that_is_put_back_lets_others_go_first_and_still_counts_as_waiting() {
         let (sender, receiver) = channel(8);
         sender.try_send(item("giant", 0)).unwrap();
         let giant = receiver.recv_timeout(LONG).unwrap();
@@ -653,7 +655,7 @@ mod tests {
     }
 
     #[test]
-    fn d04_what_comes_back_finds_room_in_a_full_queue_and_is_next() {
+    fn d04_an_item_that_comes_back_has_room_in_a_full_queue_and_is_next() {
         let (sender, receiver) = channel(2);
         for number in 0..2 {
             sender.try_send(item("flood", number)).unwrap();

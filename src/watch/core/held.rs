@@ -1,10 +1,10 @@
-//! Files that the kernel opened for an event and that wait to be looked into.
+//! Files that the kernel opened for an event and that wait to be read.
 //!
-//! An open file keeps its mount busy: while one of a container that has ended
-//! waits in a queue, the container's filesystem stays. So whoever waits holds its
-//! file by a [`Held`], and when the container ends all of its files are closed at
-//! once, wherever they are. What is left is the name, by which the file is looked
-//! for in the upperdir, which keeps nothing of the container busy.
+//! An open file keeps its mount busy: while a file of an ended container waits in a queue,
+//! the container's filesystem cannot be removed. So each item that waits holds its file by a
+//! [`Held`]. When the container ends, all of its files are closed at once, whatever queue
+//! they are in. The name is kept: by it, the file is found in the upperdir, which keeps
+//! nothing of the container busy.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,25 +12,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::copy::Copy;
 use crate::sys::file;
 
-/// Every file of one container that waits.
+/// The waiting files of one container.
 #[derive(Debug, Default)]
 pub(crate) struct HeldFiles(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
     files: Vec<Weak<Mutex<File>>>,
-    /// The container has ended: nothing is held any more.
+    /// The container has ended: no file is held any more.
     is_over: bool,
-    /// When this many are listed, those that are gone are left out.
+    /// When this many files are listed, dropped ones are removed from the list.
     prune_at: usize,
 }
 
 #[derive(Debug)]
 enum File {
     Open(OwnedFd),
-    /// Somebody is looking at it.
+    /// A thread is reading it.
     Taken,
-    /// Closed, because the container has ended; what the kernel called it.
+    /// Closed, because the container has ended; with its name in the kernel.
     Closed(Option<Vec<u8>>),
     /// Closed, because it was small enough to be copied.
     Copied(Copy),
@@ -40,11 +40,11 @@ enum File {
 #[derive(Debug)]
 pub(crate) struct Held(Arc<Mutex<File>>);
 
-/// What is left of a file that has waited.
+/// A file that has waited, as far as it is still there.
 #[derive(Debug)]
 pub(crate) enum Left {
     Open(OwnedFd),
-    /// What the kernel called it, if that was known.
+    /// Its name in the kernel, if that was known.
     Name(Option<Vec<u8>>),
     Copy(Copy),
 }
@@ -61,7 +61,7 @@ fn close(file: &mut File) {
 }
 
 impl HeldFiles {
-    /// Closes them all, and from now on each that comes.
+    /// Closes all files, and from now on each new one.
     pub(crate) fn close(&self) {
         let mut waiting = lock(&self.0);
         waiting.is_over = true;
@@ -97,7 +97,7 @@ impl Held {
         Held(Arc::new(Mutex::new(File::Copied(copy))))
     }
 
-    /// Takes it to look into it. Whoever does so for long asks all the while
+    /// Takes the file to read it. A caller that reads for long must check all the while
     /// whether the container has ended.
     pub(crate) fn take(&self) -> Left {
         let mut file = lock(&self.0);
@@ -113,24 +113,22 @@ impl Held {
         matches!(*lock(&self.0), File::Copied(_))
     }
 
-    /// Lets a copy wait in place of the file.
+    /// Replaces the file by a copy.
     pub(crate) fn keep(&self, copy: Copy) {
         *lock(&self.0) = File::Copied(copy);
     }
 
-    /// Lets it wait again.
+    /// Returns the file to wait again.
     pub(crate) fn give_back(&self, fd: OwnedFd, is_over: impl FnOnce() -> bool) {
         let mut file = lock(&self.0);
         *file = File::Open(fd);
-        // In this order `HeldFiles::close` either finds it open or has been before.
+        // In this order, `HeldFiles::close` either finds the file open or ran before.
         if is_over() {
             close(&mut file);
         }
     }
 }
 
-/// A container that nothing is known of but its numbers; two of a pod share a pid
-/// namespace.
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_wait_no_more_are_not_remembered() {
+    fn files_that_no_longer_wait_are_not_remembered() {
         let watched = some_container(1);
         let kept = watched.hold(some_file());
         for _ in 0..1000 {

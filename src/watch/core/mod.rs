@@ -1,7 +1,7 @@
-//! What every thread of the watchers shares: the table of watched containers, fair
-//! queues, the way out for events, and the stop.
+//! What all threads of the watchers share: the table of watched containers, fair queues,
+//! reporting to the pipeline, losses, and the stop.
 //!
-//! It knows no other wing.
+//! It is the lowest wing: every other wing uses it, and it uses none of them.
 
 pub(crate) mod copy;
 pub(crate) mod copyup;

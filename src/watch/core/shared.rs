@@ -1,5 +1,8 @@
-//! What the watchers' threads have in common: the table, the way out, the flag
-//! that ends them, and the one place where a loss is counted and answered.
+//! The value that all threads of the watchers share: settings, the table of containers, the
+//! channel to the pipeline, the pace of background work, and the stop.
+//!
+//! It is the one place where a loss is counted, reported and made up for by a scan. It knows
+//! nothing of the threads themselves. Only the scan thread may wait for the pipeline.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,59 +24,58 @@ use crate::model::{ProcessIdentity, RootfsPath};
 use crate::sys::procfs;
 use crate::threads;
 
-/// What a queue has for its thread.
+/// The result of waiting for a queue.
 pub(crate) enum Next<T> {
     Item(T),
     /// Nothing came in time.
     Nothing,
-    /// The thread is to end.
+    /// The thread must end.
     End,
 }
 
-/// What every thread of the watchers shares.
+/// The value that all threads of the watchers share.
 pub(crate) struct Core {
     pub(crate) settings: config::Watch,
     pub(crate) table: Table,
     pub(crate) health: Arc<Health>,
     reports: Sender<Box<SensorEvent>>,
     unsent_losses: Mutex<Vec<SensorEvent>>,
-    /// Where executions and code wait for a thread.
+    /// The queues in which executions and code wait, by name.
     pub(crate) stages: OnceLock<Vec<(&'static str, Arc<dyn Waits>)>>,
-    /// What reading and walking may take of the processors, for all containers.
+    /// Bounds the processor time of reading and scanning, for all containers together.
     pace: Mutex<Pace>,
     wake_scan: Sender<()>,
     stopped_at: OnceLock<Instant>,
-    /// What threads had taken from their queues when there was no more time for it.
-    untold: AtomicU64,
-    /// Readable once the watchers are to stop.
+    /// Items that threads had taken from their queues and had no time to report.
+    unreported: AtomicU64,
+    /// Readable as soon as the watchers must stop.
     end: OwnedFd,
-    /// Of the thread that is asked before a runtime runs, if there is one.
     pub(crate) arming: Arming,
-    /// Since when containers are watched, as processes tell when they started.
+    /// Since when containers are watched, in the clock ticks of process start times.
     began: u64,
 }
 
-/// What is known of the thread that is asked before a runtime runs.
+/// The thread `arming`, which the gate asks before a container runtime runs.
 #[derive(Debug, Default)]
 pub(crate) struct Arming {
-    /// Since when, in the clock ticks by which processes tell when they started;
-    /// unset without such a thread.
+    /// Since when it is asked, in the clock ticks of process start times; unset without such
+    /// a thread.
     pub(crate) since: OnceLock<u64>,
 }
 
-/// Reading large files and walking takes at most one processor in so many, when what
-/// it saved up is used.
+/// Reading large files and scanning takes at most one processor in `PART`, once the saved
+/// `BURST` is used.
 const PART: u32 = 2;
 const BURST: Duration = Duration::from_secs(2);
 
-/// Losses that wait for room in the pipeline.
+/// Losses that may wait for room in the pipeline.
 const MAX_UNSENT_LOSSES: usize = 1024;
 
 /// How long a scan waits for room in the pipeline before it gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long a stop waits for what was seen before it.
-pub(crate) const LAST_WORDS: Duration = Duration::from_secs(4);
+/// How long events that were seen before a stop are still reported.
+pub(crate) const STOP_GRACE: Duration = Duration::from_secs(4);
 
 impl Core {
     pub(crate) fn new(
@@ -93,29 +95,29 @@ impl Core {
             pace: Mutex::new(Pace::new(PART, BURST, Instant::now())),
             wake_scan,
             stopped_at: OnceLock::new(),
-            untold: AtomicU64::new(0),
+            unreported: AtomicU64::new(0),
             end,
             arming: Arming::default(),
             began: procfs::ticks_since_boot(),
         })
     }
 
-    /// The first half of a stop; the thread of session activity is to be woken too.
+    /// The first half of a stop. The caller must also wake the thread of session activity.
     pub(crate) fn begin_stop(&self) {
         let _ = self.stopped_at.set(Instant::now());
-        // Full, it is readable already.
+        // If it is full, it is readable already.
         let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
         self.wake_scan();
     }
 
-    /// Whether what was seen is still told: after a stop for a moment more, since no
-    /// walk finds what was executed.
+    /// Whether events are still reported. After a stop they are for a moment more, because no
+    /// scan finds what was executed.
     pub(crate) fn may_tell(&self) -> bool {
-        self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < LAST_WORDS)
+        self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < STOP_GRACE)
     }
 
-    /// The next item of a thread's queue. Whoever fills it ends when the watchers do;
-    /// what a stop has no more time for is counted.
+    /// The next item of a thread's queue. The queue's senders end when the watchers do. After
+    /// a stop, items for which there is no more time are counted.
     pub(crate) fn next_to_tell<T: Owned>(&self, queue: &fair::Receiver<T>) -> Option<T> {
         match self.next_within(queue, Duration::MAX) {
             Next::Item(item) => Some(item),
@@ -123,13 +125,13 @@ impl Core {
         }
     }
 
-    /// The same, for as long as `patience`.
+    /// Like [`next_to_tell`](Core::next_to_tell), but waits only for `patience`.
     pub(crate) fn next_within<T: Owned>(
         &self,
         queue: &fair::Receiver<T>,
         patience: Duration,
     ) -> Next<T> {
-        // A stop makes nobody wait for longer than it takes itself.
+        // This needs no wake-up at a stop: the senders end then, and that ends the wait.
         match queue.recv_timeout(patience) {
             Ok(item) if self.may_tell() => Next::Item(item),
             Ok(_) => {
@@ -141,33 +143,33 @@ impl Core {
         }
     }
 
-    /// Counts what a stop has no more time for.
+    /// Counts items that were taken and that a stop leaves no time to report.
     pub(crate) fn leave(&self, items: usize) {
-        self.untold.fetch_add(items as u64, Ordering::Relaxed);
+        self.unreported.fetch_add(items as u64, Ordering::Relaxed);
     }
 
-    /// What was taken from queues and could not be told before the stop was over.
-    pub(crate) fn untold(&self) -> u64 {
-        self.untold.load(Ordering::Relaxed)
+    /// How many items were taken from queues and not reported before the stop was over.
+    pub(crate) fn unreported(&self) -> u64 {
+        self.unreported.load(Ordering::Relaxed)
     }
 
-    /// Says where executions and code wait.
+    /// Sets the queues in which executions and code wait.
     pub(crate) fn set_stages(&self, stages: Vec<(&'static str, Arc<dyn Waits>)>) {
         let _ = self.stages.set(stages);
     }
 
-    /// Something that can wait has used the processor for so long.
+    /// Background work has used the processor for this long.
     pub(crate) fn spend(&self, used: Duration) {
         self.pace().spend(used);
     }
 
-    /// How long what can wait has to, so that it takes no more than its part of the
+    /// How long background work must wait, so that it takes no more than its part of the
     /// processors.
     pub(crate) fn rest(&self) -> Duration {
         self.pace().wait(Instant::now())
     }
 
-    /// Waits for that long, or until a stop.
+    /// Waits as long as background work must wait, or until a stop.
     pub(crate) fn keep_pace(&self) {
         loop {
             let rest = self.rest();
@@ -182,7 +184,7 @@ impl Core {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody has come into a container.
+    /// A session was opened in a container.
     pub(crate) fn note_session(&self, watched: &Watched) {
         watched.set_has_sessions();
         if let Some(pulse) = self.health.pulse.get() {
@@ -194,66 +196,66 @@ impl Core {
         self.stopped_at.get().is_some()
     }
 
-    /// Waits until there is something to read, or the watchers are to stop.
+    /// Waits until there is something to read, or the watchers must stop.
     pub(crate) fn wait_for(&self, events: impl AsFd, at_most: Option<Duration>) {
         let mut fds = [events.as_fd(), self.end.as_fd()]
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let at_most = at_most.and_then(|at_most| Timespec::try_from(at_most).ok());
-        // An error here (a signal) only means that the turn comes early.
+        // An error here (a signal) only ends the wait early.
         let _ = threads::idle(|| rustix::event::poll(&mut fds, at_most.as_ref()));
     }
 
-    /// Waits until the watchers are to stop, or `at_most` so long.
+    /// Waits until the watchers must stop, or `at_most` that long.
     pub(crate) fn wait_for_stop(&self, at_most: Duration) {
         self.wait_for(&self.end, Some(at_most));
     }
 
-    /// Whether the daemon watched already when this container began.
+    /// Whether the daemon was watching when this container began.
     pub(crate) fn has_begun_before(&self, init: ProcessIdentity) -> bool {
         init.start_time > self.began
     }
 
     pub(crate) fn wake_scan(&self) {
-        // Full: it has been woken already and has not looked yet.
+        // If it is full, the thread was woken before and has not run yet.
         let _ = self.wake_scan.try_send(());
     }
 
-    /// Waits until something is so, for a tenth of a second at most.
-    pub(crate) fn wait_until(&self, is_so: impl Fn() -> bool) {
+    /// Waits until a condition is true, for a tenth of a second at most.
+    pub(crate) fn wait_until(&self, is_true: impl Fn() -> bool) {
         const STEP: Duration = Duration::from_micros(100);
         const AT_MOST: u32 = 1000;
         for _ in 0..AT_MOST {
-            if is_so() || self.is_stopping() {
+            if is_true() || self.is_stopping() {
                 return;
             }
             std::thread::sleep(STEP);
         }
     }
 
-    /// Whether what a path holds matters, be it a program or not.
+    /// Whether the content of a path matters, even if it is not a program.
     pub(crate) fn is_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
         self.settings.persistence.matches(path)
             || watched.is_entry_point(path)
-            || watched.ways.leading_to(path).is_some_and(|as_well| {
-                self.settings.persistence.matches(&as_well) || watched.is_entry_point(&as_well)
+            || watched.ways.leading_to(path).is_some_and(|other| {
+                self.settings.persistence.matches(&other) || watched.is_entry_point(&other)
             })
             || self.known_as(watched, path).is_some()
     }
 
-    /// The sensitive path for which this one stands in the image.
+    /// The sensitive path that leads to this one in the image.
     pub(crate) fn known_as(&self, watched: &Watched, path: &RootfsPath) -> Option<RootfsPath> {
-        watched.ways.known_as(path, |as_well| self.settings.persistence.matches(as_well))
+        watched.ways.known_as(path, |other| self.settings.persistence.matches(other))
     }
 
-    /// Whether what lies below a path may matter, so that it does not stand for itself
-    /// if it is a link.
+    /// Whether something below a path may matter. Then a link there must be followed.
     pub(crate) fn leads_to_sensitive(&self, watched: &Watched, path: &RootfsPath) -> bool {
         let persistence = &self.settings.persistence;
         persistence.leads_to(path)
             || watched.ways.leading_to(path).is_some_and(|path| persistence.leads_to(&path))
     }
 
-    /// A container that began while driftd ran was not marked before its entry point ran.
+    /// Reports a container that began while driftd ran and was not marked before its entry
+    /// point ran.
     pub(crate) fn armed_late(&self, watched: &Watched) {
         let Watched { container, init, .. } = watched;
         let _ = self.health.record(Failure::ArmedLate);
@@ -261,54 +263,54 @@ impl Core {
         let began = marked - procfs::age(*init);
         tracing::warn!(%container, "its entry point ran before its marks were in place");
         let (container, pid) = (container.clone(), init.pid);
-        self.say(SensorEvent::Unarmed { container, pid, began, marked });
+        self.report(SensorEvent::Unarmed { container, pid, began, marked });
     }
 
-    /// Counts a loss, asks for the walks that make up for it, and says so once
-    /// until that walk has begun.
+    /// Counts a loss and requests the scans that make up for it. Reports it once until that
+    /// scan has begun.
     pub(crate) fn lose(&self, failure: Failure, watched: Option<&Arc<Watched>>, detail: &str) {
         // The reaction to every failure of the watchers is a rescan.
         let _ = self.health.record(failure);
-        // Before the walk is asked for: one that begins after this makes up for it.
+        // Taken before the scan is requested: a scan that begins later makes up for the loss.
         let at = Timestamp::now();
-        // Each failure by itself: a flood of one must not hide another.
-        let is_news = |watched: &Arc<Watched>| {
+        // Each failure is noted by itself: a flood of one must not hide another.
+        let is_first = |watched: &Arc<Watched>| {
             watched.ask_for_rescan();
-            watched.loses(failure)
+            watched.note_loss(failure)
         };
-        let is_news = match watched {
-            Some(watched) => is_news(watched),
-            None => self.table.all().iter().filter(|watched| is_news(watched)).count() > 0,
+        let is_first = match watched {
+            Some(watched) => is_first(watched),
+            None => self.table.all().iter().filter(|watched| is_first(watched)).count() > 0,
         };
-        if is_news {
+        if is_first {
             let container = watched.map(|watched| watched.container.clone());
             tracing::warn!(
                 failure = failure.name(),
                 container = container.as_ref().map(tracing::field::display),
                 "{detail}"
             );
-            self.say(SensorEvent::Lost { failure, container, detail: detail.to_owned(), at });
+            self.report(SensorEvent::Lost { failure, container, detail: detail.to_owned(), at });
         }
         self.wake_scan();
     }
 
-    /// Says what must not be dropped, without waiting: where there is no room, the scan
-    /// thread says it later.
-    pub(crate) fn say(&self, report: SensorEvent) {
+    /// Sends a report that must not be dropped, without waiting: if there is no room, the
+    /// scan thread sends it later.
+    pub(crate) fn report(&self, report: SensorEvent) {
         if let Err(TrySendError::Full(report)) = self.reports.try_send(Box::new(report)) {
             let _ = self.health.record(Failure::PipelineFull);
             let mut unsent = self.unsent_losses();
-            // There are few for each container between two walks of it; more are
-            // counted, and the walk makes up for them all the same.
+            // There are few for each container between two of its scans. More are counted,
+            // and the scan makes up for them too.
             if unsent.len() < MAX_UNSENT_LOSSES {
                 unsent.push(*report);
             }
         }
     }
 
-    /// Says that less is seen from now on, once for each caller's news, until
-    /// [`restore`](Core::restore) says that this is over or the container ends. No
-    /// walk is asked for: it would not help.
+    /// Reports that less is seen from now on, until [`restore`](Core::restore) or the end of
+    /// the container. Each call sends a report: the caller must report a change only once. No
+    /// scan is requested, because it would not help.
     pub(crate) fn degrade(&self, failure: Failure, watched: Option<&Watched>, detail: &str) {
         let _ = self.health.record(failure);
         let container = watched.map(|watched| watched.container.clone());
@@ -318,20 +320,20 @@ impl Core {
             "{detail}"
         );
         let at = Timestamp::now();
-        self.say(SensorEvent::Lost { failure, container, detail: detail.to_owned(), at });
+        self.report(SensorEvent::Lost { failure, container, detail: detail.to_owned(), at });
     }
 
-    /// What was degraded is seen again.
+    /// Reports that a degradation is over.
     pub(crate) fn restore(&self, failure: Failure, watched: Option<&Watched>) {
         let container = watched.map(|watched| watched.container.clone());
-        self.say(SensorEvent::Over { failure, container });
+        self.report(SensorEvent::Over { failure, container });
     }
 
     fn unsent_losses(&self) -> MutexGuard<'_, Vec<SensorEvent>> {
         self.unsent_losses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the losses that found no room, for the scan thread only.
+    /// Sends the losses for which there was no room, for the scan thread only.
     pub(crate) fn report_losses(&self) {
         let unsent = std::mem::take(&mut *self.unsent_losses());
         for lost in unsent {
@@ -341,7 +343,7 @@ impl Core {
         }
     }
 
-    /// Sends without waiting and hands the report back if there is no room.
+    /// Sends without waiting. Returns the report if there is no room.
     #[expect(clippy::result_large_err, reason = "the report is the caller's own, handed back")]
     pub(crate) fn try_report(&self, report: SensorEvent) -> Result<(), SensorEvent> {
         match self.reports.try_send(Box::new(report)) {
@@ -350,8 +352,7 @@ impl Core {
         }
     }
 
-    /// Waits for room in the pipeline, for the scan thread only. Whether it was
-    /// sent.
+    /// Waits for room in the pipeline, for the scan thread only. True if the report was sent.
     #[must_use]
     pub(crate) fn report_patiently(&self, report: SensorEvent) -> bool {
         let mut report = Box::new(report);
@@ -370,7 +371,7 @@ impl Core {
         false
     }
 
-    /// Whether the pipeline has caught up enough for what can wait.
+    /// Whether the pipeline has enough room for reports that can wait.
     pub(crate) fn has_room(&self) -> bool {
         match self.reports.capacity() {
             Some(capacity) => self.reports.len() <= capacity / 2,

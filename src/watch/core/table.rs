@@ -1,4 +1,9 @@
-//! The containers that are watched, by what an event can tell of them.
+//! Finds the watched container of an event: by device, mount, namespace, control group or
+//! process.
+//!
+//! The table owns these indexes and nothing else: it keeps no history, and decides nothing
+//! about a process beyond its container. `control` adds and removes containers, `mounts`
+//! sets their other mounts, and every thread reads it.
 
 use std::borrow::Borrow;
 use std::collections::HashMap;
@@ -15,7 +20,7 @@ use crate::sys::procfs::{self, Handle, Whereabouts};
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     maps: RwLock<Maps>,
-    /// How many containers were ever put in.
+    /// How many containers were ever inserted.
     generation: AtomicU64,
 }
 
@@ -24,16 +29,16 @@ struct Maps {
     by_container: HashMap<ContainerId, Arc<Watched>>,
     by_device: HashMap<u64, Arc<Watched>>,
     by_mount: HashMap<u64, Arc<Watched>>,
-    /// Filesystems that carry our mark, with everyone who has them mounted.
+    /// Filesystems that carry driftd's mark, with all containers that have them mounted.
     other_devices: HashMap<u64, Vec<Arc<Watched>>>,
     other_mounts: HashMap<u64, Arc<Watched>>,
-    /// Since when the devices of `other_devices` are known, by the clock of the
-    /// kernel's records.
+    /// Since when the devices of `other_devices` are known, by the clock of the kernel's
+    /// records.
     since: HashMap<u64, u64>,
-    /// What the devices of containers' other filesystems were when they were listed last.
+    /// The kinds of the containers' other filesystems, by device, as last listed.
     kinds: HashMap<u64, Filesystem>,
-    /// The containers of `by_container` by what their processes show: each record of
-    /// the kernel asks for one of these.
+    /// The containers of `by_container` by the properties of their processes: each record of
+    /// the kernel needs one of these.
     by_mount_namespace: Index<u64>,
     by_pid_namespace: Index<u64>,
     by_perf_cgroup: Index<u64>,
@@ -110,18 +115,16 @@ pub(crate) fn parents_cgroup(process: &Handle) -> Option<Vec<u8>> {
     Handle::open(process.stat().ok()?.parent).ok()?.cgroup().ok()
 }
 
-/// Whether a process that is in a container by nothing but its pid namespace may be the
-/// first one of a container that is not known yet. Who only enters a namespace stays in
-/// the control group of who has called them. The root is where processes are that nobody
-/// has put anywhere.
+/// Whether a process that belongs to a container only by its pid namespace may be the first
+/// process of a container that is not known yet. A process that only enters a namespace stays
+/// in the control group of its parent. Processes that were never moved are in the root group.
 pub(crate) fn is_put_elsewhere(cgroup: Option<&[u8]>, parents: Option<&[u8]>) -> bool {
     matches!((cgroup, parents), (Some(own), Some(parents)) if own != parents && own != b"/")
 }
 
 impl Table {
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Maps> {
-        // Every change is a few inserts; a panic leaves nothing half done that
-        // a reader could not live with.
+        // Every change is a few inserts. What a panic leaves half done does not harm readers.
         self.maps.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -129,7 +132,8 @@ impl Table {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves when a container is watched: what was no container's may be one's.
+    /// Moves when a new container is watched: what belonged to no container may belong to
+    /// that one.
     pub(crate) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
@@ -152,7 +156,7 @@ impl Table {
         }
     }
 
-    /// Forgets this attachment and no later one of the same container.
+    /// Removes this attachment, but no later one of the same container.
     pub(crate) fn remove(&self, watched: &Arc<Watched>) {
         let mut maps = self.write();
         let other = |entry: &Arc<Watched>| !Arc::ptr_eq(entry, watched);
@@ -163,11 +167,11 @@ impl Table {
         maps.forget_mounts(watched);
     }
 
-    /// These, and no others any more, are the container's other mounts.
+    /// Replaces the container's other mounts.
     pub(crate) fn set_mounts(&self, watched: &Arc<Watched>, mounts: Vec<MarkedMount>) {
         let mut maps = self.write();
         maps.forget_mounts(watched);
-        // Not of a container that has been forgotten meanwhile.
+        // The container may have been removed meanwhile.
         if maps.by_container.get(&watched.container).is_some_and(|own| Arc::ptr_eq(own, watched)) {
             for mount in &mounts {
                 maps.other_mounts.insert(mount.id, watched.clone());
@@ -185,7 +189,7 @@ impl Table {
         watched.set_mounts(mounts);
     }
 
-    /// Remembers what filesystems are. A mount may be gone when it is asked for.
+    /// Remembers the kinds of filesystems: a mount may be gone when its kind is needed.
     pub(crate) fn note_kinds(&self, kinds: impl Iterator<Item = (u64, Filesystem)>) {
         let kinds: Vec<_> = kinds.take(MAX_KINDS).collect();
         let mut maps = self.write();
@@ -195,7 +199,7 @@ impl Table {
         maps.kinds.extend(kinds);
     }
 
-    /// What a filesystem was that nothing is mounted from any more.
+    /// The kind of a filesystem, even if it is not mounted any more.
     pub(crate) fn kind_of(&self, device: u64) -> Option<Filesystem> {
         self.read().kinds.get(&device).copied()
     }
@@ -213,21 +217,22 @@ impl Table {
             })
     }
 
-    /// The same of a file that was executed at a time, by the clock of the kernel's
-    /// records: the mark may be newer.
+    /// Like [`is_marked`](Table::is_marked), for an execution at `time` by the clock of the
+    /// kernel's records: the mark may be newer.
     pub(crate) fn was_marked(&self, device: u64, mount: Option<u64>, time: u64) -> bool {
         let is_younger = self.read().since.get(&device).is_some_and(|since| time < *since);
         !is_younger && self.is_marked(device, mount)
     }
 
-    /// Whose an executed file is that lies on no container's own overlay: by who
-    /// executes it. A program of the host's is nobody's, even from a volume that a
-    /// container shares.
+    /// The container of an executed file that lies on no container's own overlay, by the
+    /// process that executes it. A host process's program belongs to no container, even if it
+    /// lies on a volume that a container shares.
     pub(crate) fn user_of(&self, stat: &Stat, process: &Whereabouts) -> Option<Arc<Watched>> {
         if let Some(watched) = self.of_whereabouts(process) {
             return Some(watched);
         }
-        // In namespaces of its own, where control groups tell nothing.
+        // What follows is for a process in a pid namespace of its own, with a control group
+        // that identifies no container.
         if procfs::is_host_pid_namespace(process.pid_namespace?) {
             return None;
         }
@@ -236,13 +241,13 @@ impl Table {
             return Some(watched.clone());
         }
         match maps.other_devices.get(&stat.device).map(Vec::as_slice) {
-            // One that has a control group would have been found by it.
+            // A container with a control group would have been found by that.
             Some([watched]) if watched.cgroup.is_none() => Some(watched.clone()),
             Some(_) | None => None,
         }
     }
 
-    /// The container whose own overlay has this device.
+    /// The container with this device as its own overlay.
     pub(crate) fn by_device(&self, device: u64) -> Option<Arc<Watched>> {
         self.read().by_device.get(&device).cloned()
     }
@@ -256,17 +261,16 @@ impl Table {
         self.read().by_container.get(container).cloned()
     }
 
-    /// Whose file this is: by its device; or by its mount, for an overlay whose
-    /// layers are on several filesystems.
+    /// The container in whose root a file lies: by the device; or by the mount, for an overlay
+    /// with layers on several filesystems.
     pub(crate) fn owner(&self, stat: &Stat) -> Option<Arc<Watched>> {
         let maps = self.read();
         maps.by_device.get(&stat.device).or_else(|| maps.by_mount.get(&stat.mount?)).cloned()
     }
 
-    /// Whose a process is, whatever it does: by its mount namespace, its control group,
-    /// which it keeps in namespaces of its own, and its pid namespace, into which other
-    /// containers can be put. A container may share namespaces of the host; they say
-    /// nothing then.
+    /// The container of a process: by its mount namespace; then by its control group, which it
+    /// keeps in namespaces of its own; then by its pid namespace, into which other containers
+    /// can be put. Namespaces that a container shares with the host do not count.
     pub(crate) fn of_process(&self, process: &Handle) -> Option<Arc<Watched>> {
         if let Ok(namespace) = process.mount_namespace()
             && !procfs::is_host_mount_namespace(namespace)
@@ -280,14 +284,14 @@ impl Table {
             let namespace = process.pid_namespace().ok();
             let namespace = namespace.filter(|&it| !procfs::is_host_pid_namespace(it))?;
             let watched = self.by_pid_namespace(namespace)?;
-            // The parent is looked at last: few processes get so far.
+            // The parent is read last: few processes need it.
             let may_be_unknown =
                 is_put_elsewhere(cgroup.as_deref(), parents_cgroup(process).as_deref());
             (!may_be_unknown).then_some(watched)
         })
     }
 
-    /// The same of a process that may be gone by now.
+    /// The container of a process that may have ended, by what was read of it.
     pub(crate) fn of_whereabouts(&self, process: &Whereabouts) -> Option<Arc<Watched>> {
         let Whereabouts { mount_namespace, pid_namespace, cgroup } = process;
         let by_mount_namespace = || {
@@ -303,7 +307,7 @@ impl Table {
             .or_else(by_pid_namespace)
     }
 
-    /// Whether a container is in this mount namespace.
+    /// Whether a container has this mount namespace.
     pub(crate) fn is_mount_namespace(&self, namespace: u64) -> bool {
         self.by_mount_namespace(namespace).is_some()
     }
@@ -314,7 +318,7 @@ impl Table {
         found.iter().rev().find(|watched| watched.has_namespaces()).cloned()
     }
 
-    /// The container whose control group is `cgroup`, or holds it: the innermost.
+    /// The innermost container whose control group is `cgroup` or contains it.
     fn by_cgroup(&self, cgroup: &[u8]) -> Option<Arc<Watched>> {
         let maps = self.read();
         let above = |path: &[u8]| path.iter().rposition(|&byte| byte == b'/');
@@ -322,17 +326,17 @@ impl Table {
             .find_map(|path| maps.by_cgroup.get(path).last().cloned())
     }
 
-    /// The container in whose pid namespace a process is.
+    /// The only container in a pid namespace.
     pub(crate) fn by_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
         let found = maps.by_pid_namespace.get(&namespace);
         let mut found = found.iter().filter(|watched| watched.has_namespaces());
         let first = found.next()?;
-        // Several containers of a pod can share one; then it names nobody.
+        // Several containers of a pod can share a pid namespace. Then it identifies none.
         found.next().is_none().then(|| first.clone())
     }
 
-    /// The container that began a pid namespace, in which others may be too.
+    /// The container whose init is the first process of a pid namespace. Others may be in it.
     pub(crate) fn first_in_pid_namespace(&self, namespace: u64) -> Option<Arc<Watched>> {
         let maps = self.read();
         let found = maps.by_pid_namespace.get(&namespace);
@@ -340,8 +344,8 @@ impl Table {
         found.iter().filter(began).find(|watched| watched.has_namespaces()).cloned()
     }
 
-    /// The kernel has recorded the end of a process: if it is a container's first one, the
-    /// numbers of the container's namespaces may be another's from here on.
+    /// The kernel has recorded the end of a process. If it was a container's first one, other
+    /// namespaces may have the numbers of the container's namespaces from now on.
     pub(crate) fn ended(&self, pid: u32) {
         for watched in self.read().by_container.values() {
             if watched.init.pid == pid {
@@ -387,7 +391,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A container whose overlay has this device.
+    /// A container with this device as its overlay.
     pub(crate) fn watched(id: &str, device: u64) -> Watched {
         in_namespaces(id, device, None, None, None, None)
     }
@@ -409,7 +413,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn d02_a_layer_whose_directory_was_only_there_for_the_mount_is_cut_off() {
+    fn d02_a_layer_is_cut_off_if_its_directory_existed_only_for_the_mount() {
         let scratch = tempfile::tempdir().unwrap();
         let [upperdir, kept, passing] =
             ["upper", "kept", "passing"].map(|name| scratch.path().join(name));
@@ -436,7 +440,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn x19_what_the_upper_layer_holds_shows_that_the_clock_was_set_back() {
+    fn x19_a_file_older_than_its_upper_layer_shows_that_the_clock_was_set_back() {
         let scratch = tempfile::tempdir().unwrap();
         let early = scratch.path().join("early");
         std::fs::write(&early, b"x").unwrap();
@@ -455,11 +459,11 @@ pub(crate) mod tests {
         std::fs::write(&late, b"x").unwrap();
         let stat = |path| file::stat_path(path).unwrap();
         assert!(!layers.note_birth(&stat(&late)));
-        assert!(layers.born().is_some(), "a filesystem that keeps births");
+        assert!(layers.born().is_some(), "the filesystem keeps births");
         assert_eq!(place(&stat(&early), layers.born()), Place::Layers { is_young: false });
-        // No file can be made in the layer before the layer.
+        // No file of the layer can be older than the layer.
         assert!(layers.note_birth(&stat(&early)));
-        assert!(!layers.note_birth(&stat(&early)), "that is said once");
+        assert!(!layers.note_birth(&stat(&early)), "only the first is reported");
         assert_eq!(place(&stat(&early), layers.born()), Place::Own);
 
         let set_since =
@@ -468,7 +472,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn h18_who_is_meant_is_found_by_each_thing_that_a_process_shows() {
+    fn h18_a_container_is_found_by_each_property_of_a_process() {
         let table = Table::default();
         let id = |found: Option<Arc<Watched>>| found.map(|found| found.container.id.to_string());
         let id = |found| id(found).unwrap_or_default();
@@ -485,25 +489,25 @@ pub(crate) mod tests {
         assert_eq!(id(table.by_perf_cgroup(39)), "");
         assert_eq!(id(table.by_mount_namespace(21)), "outer");
         assert_eq!(id(table.by_pid_namespace(11)), "outer");
-        assert_eq!(id(table.by_pid_namespace(12)), "", "two share it");
+        assert_eq!(id(table.by_pid_namespace(12)), "", "two containers share it");
         let by_cgroup = |path: &str| id(table.by_cgroup(path.as_bytes()));
         assert_eq!(by_cgroup("/k/outer"), "outer");
         assert_eq!(by_cgroup("/k/outer/x"), "outer");
         assert_eq!(by_cgroup("/k/outer/x/inner/deep/er"), "inner", "the innermost");
-        assert_eq!(by_cgroup("/k/outerx"), "beside", "no mere beginning of a name");
+        assert_eq!(by_cgroup("/k/outerx"), "beside", "a common prefix of names is no match");
         assert_eq!(by_cgroup("/k/outery"), "");
         assert_eq!(by_cgroup("/k"), "");
-        assert_eq!(by_cgroup("/"), "", "the root is nobody's own");
+        assert_eq!(by_cgroup("/"), "", "the root belongs to no container");
 
-        // The container runs anew, in namespaces and a group that have the same numbers.
+        // The container runs again, in namespaces and a group with the same numbers.
         let again = add("inner", 5, Some(12), Some(22), Some("/k/outer/x/inner"), Some(34));
-        assert_eq!(id(table.by_perf_cgroup(32)), "", "the earlier run has gone");
+        assert_eq!(id(table.by_perf_cgroup(32)), "", "the earlier run is gone");
         assert_eq!(table.by_mount_namespace(22).unwrap().device, 5);
         table.remove(&inner);
         assert_eq!(table.by_mount_namespace(22).unwrap().device, 5);
         assert_eq!(by_cgroup("/k/outer/x/inner"), "inner");
         table.remove(&beside);
-        assert_eq!(id(table.by_pid_namespace(12)), "inner", "nobody shares it any more");
+        assert_eq!(id(table.by_pid_namespace(12)), "inner", "only one is left");
         for watched in [&outer, &again, &bare] {
             table.remove(watched);
         }
@@ -528,8 +532,7 @@ pub(crate) mod tests {
         };
         table.ended(watched.init.pid + 1);
         assert_eq!(found(), [true; 3]);
-        // The kernel records it before containerd reports it, and gives the numbers to
-        // somebody else.
+        // The kernel records the end before containerd reports it, and reuses the numbers.
         table.ended(watched.init.pid);
         assert!(!watched.is_detaching());
         assert_eq!(found(), [false; 3]);
@@ -564,13 +567,13 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_file_is_the_containers_own_if_it_may_have_been_made_there() {
+    fn a_file_that_may_have_been_made_in_the_container_is_its_own() {
         check(Some(50), 60, Place::Layers { is_young: false });
-        // Written to where it lies, in a layer.
+        // Written in place, in a layer.
         check(Some(50), 150, Place::Layers { is_young: true });
         check(Some(100), 100, Place::Own);
         check(Some(150), 150, Place::Own);
-        // Exchanged in a layer: it cannot be told apart, and need not be.
+        // Replaced in a layer: it cannot be distinguished, and need not be.
         check(Some(150), 160, Place::Own);
         // The filesystem keeps no births.
         check(None, 60, Place::Layers { is_young: false });

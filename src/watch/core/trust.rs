@@ -1,8 +1,9 @@
-//! Which executed files of the image's layers are looked at.
+//! Decides which executed files of the image's layers are read and reported.
 //!
-//! A change to a file cannot avoid its ctime, so a file that has not changed
-//! since its layer equalled the baseline is the image's own, and costs the gate
-//! one comparison. Every other one is judged by its content, once.
+//! Every change to a file moves its ctime. So a file that has not changed since its layer
+//! equalled the baseline is the image's own, and costs the gate one comparison. Every other
+//! file is judged by its content, once. The pipeline sets how far the layers are trusted and
+//! judges the files; this file only remembers both.
 
 use std::collections::HashMap;
 
@@ -10,117 +11,119 @@ use jiff::Timestamp;
 
 use crate::model::{FileState, FileTime, LayerFile};
 
-/// Up to when the files of a container's layers are trusted.
+/// How far the files of a container's layers are trusted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trust {
-    /// Nobody has looked yet: none of them is.
+    /// Not compared with the baseline yet: no file is trusted.
     #[default]
     Unknown,
-    /// What has not changed after this is what the baseline says.
+    /// A file that has not changed after this time equals the baseline.
     UpTo(FileTime),
-    /// There is nothing they could be compared with.
+    /// There is no baseline to compare them with.
     NoBaseline,
 }
 
-/// What came of a file of the layers that was told.
+/// The judgement of a reported file of the layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is the image's own.
     Image,
     Drift,
-    /// Nobody has judged it, and nobody will: tell it again.
+    /// It was not judged and will not be: report it again.
     Lost,
 }
 
 /// More files than this are not remembered.
-const MAX_TOLD: usize = 4096;
+const MAX_REPORTED: usize = 4096;
 
-/// A ctime moves in ticks of the clock. A file is known by its ctime only if that
-/// was older than any tick when the file was read.
+/// In seconds. A ctime moves in ticks of the clock. It identifies a file's content only if it
+/// was older than a tick when the file was read.
 const TICK: i64 = 1;
 
-/// What is known of the layers' files under one container.
+/// The files of one container's layers that were reported, and how far the layers are trusted.
 #[derive(Debug, Default)]
 pub(crate) struct LayerFiles {
     trust: Trust,
-    told: HashMap<LayerFile, Told>,
+    reported: HashMap<LayerFile, Reported>,
 }
 
 #[derive(Debug)]
-struct Told {
+struct Reported {
     state: FileState,
+    /// The ctime was old enough to identify the content.
     is_settled: bool,
-    /// `None` while the pipeline has not said: it may wait for the baseline.
+    /// `None` until the pipeline judges the file: it may wait for the baseline.
     is_image: Option<bool>,
 }
 
 impl LayerFiles {
-    /// Whether it is known which of them are trusted.
+    /// Whether it is known which files are trusted.
     pub(crate) fn is_known(&self) -> bool {
         self.trust != Trust::Unknown
     }
 
-    /// Judgements by another baseline, or of another time, are void. What still
-    /// waits for its judgement goes on waiting.
+    /// Judgements by another baseline, or of another time, are void. Files that wait for
+    /// their judgement continue to wait.
     pub(crate) fn set_trust(&mut self, trust: Trust) {
         self.trust = trust;
-        self.told.retain(|_, told| told.is_image.is_none());
+        self.reported.retain(|_, reported| reported.is_image.is_none());
     }
 
-    /// Whether the execution of this file is to be told. `is_young`: it has
-    /// changed since there is a container, and no other time can excuse that.
+    /// Whether the execution of this file must be reported. `is_young`: the file has changed
+    /// since the container was made, and then no trusted time excuses it.
     pub(crate) fn is_doubtful(&self, file: &LayerFile, is_young: bool) -> bool {
         match self.trust {
             Trust::NoBaseline => return false,
             Trust::UpTo(time) if file.changed <= time && !is_young => return false,
             Trust::UpTo(_) | Trust::Unknown => (),
         }
-        match self.told.get(file) {
-            None | Some(Told { is_image: Some(false), .. }) => true,
-            Some(Told { is_image: Some(true), is_settled, .. }) => !is_settled,
-            // However often it runs until then, once is enough to judge it.
-            Some(Told { is_image: None, .. }) => false,
+        match self.reported.get(file) {
+            None | Some(Reported { is_image: Some(false), .. }) => true,
+            Some(Reported { is_image: Some(true), is_settled, .. }) => !is_settled,
+            // However often it runs until then, one report is enough to judge it.
+            Some(Reported { is_image: None, .. }) => false,
         }
     }
 
-    /// Whether nothing more is to be said of this file until it changes: it need not be
-    /// looked at, and no judgement of it is waited for.
+    /// Whether this file need not be read or reported until it changes, and no judgement of
+    /// it is awaited.
     pub(crate) fn is_certain(&self, file: &LayerFile, is_young: bool) -> bool {
         match self.trust {
             Trust::NoBaseline => true,
             Trust::UpTo(time) if file.changed <= time && !is_young => true,
             Trust::UpTo(_) | Trust::Unknown => self
-                .told
+                .reported
                 .get(file)
-                .is_some_and(|told| told.is_settled && told.is_image == Some(true)),
+                .is_some_and(|reported| reported.is_settled && reported.is_image == Some(true)),
         }
     }
 
-    /// What the file is, if it was read before.
+    /// The state of the file, if it was read before.
     pub(crate) fn known(&self, file: &LayerFile) -> Option<FileState> {
-        self.told.get(file).filter(|told| told.is_settled).map(|told| told.state.clone())
+        let reported = self.reported.get(file).filter(|reported| reported.is_settled);
+        reported.map(|reported| reported.state.clone())
     }
 
-    /// The file is told, as `state`; it was read after `at`.
+    /// Notes that the file is reported as `state`. It was read after `at`.
     pub(crate) fn tell(&mut self, file: LayerFile, state: FileState, at: Timestamp) {
-        if self.told.get(&file).is_some_and(|told| told.is_settled) {
+        if self.reported.get(&file).is_some_and(|reported| reported.is_settled) {
             return;
         }
-        if self.told.len() >= MAX_TOLD {
-            self.told.clear();
+        if self.reported.len() >= MAX_REPORTED {
+            self.reported.clear();
         }
         let is_settled = file.changed.seconds.saturating_add(TICK) < at.as_second();
-        self.told.insert(file, Told { state, is_settled, is_image: None });
+        self.reported.insert(file, Reported { state, is_settled, is_image: None });
     }
 
     pub(crate) fn judge(&mut self, file: &LayerFile, verdict: Verdict) {
-        match (verdict, self.told.get_mut(file)) {
-            (Verdict::Image, Some(told)) => told.is_image = Some(true),
-            (Verdict::Drift, Some(told)) => told.is_image = Some(false),
+        match (verdict, self.reported.get_mut(file)) {
+            (Verdict::Image, Some(reported)) => reported.is_image = Some(true),
+            (Verdict::Drift, Some(reported)) => reported.is_image = Some(false),
             (Verdict::Lost, Some(_)) => {
-                self.told.remove(file);
+                self.reported.remove(file);
             }
-            // Forgotten for want of room: it is told anew.
+            // Forgotten for lack of room: it is reported again.
             (Verdict::Image | Verdict::Drift | Verdict::Lost, None) => (),
         }
     }
@@ -154,7 +157,7 @@ mod tests {
         }
     }
 
-    fn told(seconds: &[i64]) -> LayerFiles {
+    fn reported(seconds: &[i64]) -> LayerFiles {
         let mut files = LayerFiles::default();
         for changed in seconds {
             files.tell(file(*changed), state(), Timestamp::from_second(1000).unwrap());
@@ -169,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_changed_after_the_time_is_looked_at() {
+    fn only_a_file_that_changed_after_the_time_is_read() {
         let files = trusted_up_to(100);
         assert!(!files.is_doubtful(&file(99), false));
         assert!(!files.is_doubtful(&file(100), false));
@@ -182,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn while_no_time_is_known_everything_is_looked_at_and_without_a_baseline_nothing() {
+    fn without_a_known_time_every_file_is_read_and_without_a_baseline_none() {
         let mut files = LayerFiles::default();
         assert!(files.is_doubtful(&file(1), false));
         files.set_trust(Trust::NoBaseline);
@@ -191,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_file_is_read_once_for_each_change() {
-        let mut files = told(&[1]);
+        let mut files = reported(&[1]);
         assert!(!files.is_doubtful(&file(1), false), "it waits for its judgement");
         assert_eq!(files.known(&file(1)), Some(state()));
         files.judge(&file(1), Verdict::Image);
@@ -199,13 +202,13 @@ mod tests {
         assert!(files.is_doubtful(&file(2), false), "changed since");
         files.tell(file(2), state(), Timestamp::from_second(1000).unwrap());
         files.judge(&file(2), Verdict::Drift);
-        assert!(files.is_doubtful(&file(2), false), "every execution of drift is told");
-        assert_eq!(files.known(&file(2)), Some(state()), "and none of them reads it again");
+        assert!(files.is_doubtful(&file(2), false), "every execution of drift is reported");
+        assert_eq!(files.known(&file(2)), Some(state()), "none of them reads it again");
     }
 
     #[test]
-    fn a_file_is_certain_only_while_nobody_waits_to_hear_of_it() {
-        let mut files = told(&[1]);
+    fn a_file_is_certain_only_when_it_is_judged_to_be_the_images() {
+        let mut files = reported(&[1]);
         assert!(!files.is_certain(&file(1), false), "its judgement is to come");
         files.judge(&file(1), Verdict::Drift);
         assert!(!files.is_certain(&file(1), false));
@@ -220,15 +223,15 @@ mod tests {
     }
 
     #[test]
-    fn a_judgement_that_was_lost_is_asked_for_again() {
-        let mut files = told(&[1]);
+    fn a_file_with_a_lost_judgement_is_reported_again() {
+        let mut files = reported(&[1]);
         files.judge(&file(1), Verdict::Lost);
         assert!(files.is_doubtful(&file(1), false));
     }
 
     #[test]
-    fn another_baseline_judges_anew() {
-        let mut files = told(&[1, 2]);
+    fn another_baseline_voids_judgements() {
+        let mut files = reported(&[1, 2]);
         files.judge(&file(1), Verdict::Image);
         files.set_trust(Trust::Unknown);
         assert!(files.is_doubtful(&file(1), false));
@@ -236,8 +239,8 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_changed_a_moment_ago_is_not_known_by_its_ctime() {
-        let mut files = told(&[999]);
+    fn a_file_that_changed_a_moment_ago_is_not_known_by_its_ctime() {
+        let mut files = reported(&[999]);
         files.judge(&file(999), Verdict::Image);
         assert!(files.is_doubtful(&file(999), false));
         assert_eq!(files.known(&file(999)), None);
@@ -247,11 +250,11 @@ mod tests {
     }
 
     #[test]
-    fn no_number_of_files_takes_more_than_its_room() {
+    fn the_number_of_remembered_files_is_bounded() {
         let mut files = LayerFiles::default();
-        for changed in 0..i64::try_from(3 * MAX_TOLD).unwrap() {
+        for changed in 0..i64::try_from(3 * MAX_REPORTED).unwrap() {
             files.tell(file(changed), state(), Timestamp::now());
-            assert!(files.told.len() <= MAX_TOLD);
+            assert!(files.reported.len() <= MAX_REPORTED);
         }
     }
 }

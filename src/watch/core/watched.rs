@@ -1,6 +1,9 @@
-//! A watched container: what is known of it, and what is asked for it.
+//! A watched container: its identity, its layers, the progress of its run, and the scans
+//! that are requested for it.
 //!
-//! It holds no descriptor on the container's mount.
+//! It must hold no descriptor on the container's mount: an open one keeps the superblock
+//! alive when the container is removed. All threads share a value of it; the table
+//! (`table`) finds it. It does not mark or scan.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,71 +21,67 @@ use crate::sys::file::{self, Stat};
 use crate::sys::procfs::{self, Handle};
 use crate::sys::{overlay, pidfd};
 
-/// One container whose overlay carries our marks.
-///
-/// It holds no descriptor on the container's mount: an open one keeps the
-/// superblock alive when the container is removed.
+/// One container whose overlay carries driftd's marks.
 #[derive(Debug)]
 pub(crate) struct Watched {
     pub(crate) container: ContainerId,
     pub(crate) init: ProcessIdentity,
-    /// The overlay's own device number, which its files show too unless the
-    /// layers are on several filesystems.
+    /// The overlay's own device number. Its files show it too, unless the layers are on
+    /// several filesystems.
     pub(crate) device: u64,
     pub(crate) mount: Option<u64>,
-    /// What the kernel calls the root directory when we ask: `/` for a pivoted
+    /// The name of the root directory that the kernel shows to driftd: `/` for a pivoted
     /// root, a directory of the host for a mere chroot.
     pub(crate) root_name: Vec<u8>,
     pub(crate) pid_namespace: Option<u64>,
     pub(crate) mount_namespace: Option<u64>,
-    /// Its control group in the unified hierarchy; `None` where there is none of
-    /// its own.
+    /// Its control group in the unified hierarchy; `None` if it has none of its own.
     pub(crate) cgroup: Option<Vec<u8>>,
     /// The same group as the kernel's records name it.
     pub(crate) perf_cgroup: Option<u64>,
-    /// Its other mounts that carry our marks.
+    /// Its other mounts that carry driftd's marks.
     mounts: RwLock<Arc<[MarkedMount]>>,
-    /// How its files are reached beside their own paths.
+    /// The other paths by which its files are reached.
     pub(crate) ways: Ways,
-    /// The event files that wait to be looked into.
+    /// The files of events that wait to be read.
     pub(crate) files: HeldFiles,
     image: Image,
     scans: Scans,
     run: Run,
 }
 
-/// What is known of a container's layers and their files.
+/// A container's layers and their files.
 #[derive(Debug, Default)]
 struct Image {
     has_foreign_layers: AtomicBool,
     layers: OnceLock<Layers>,
-    /// Inodes of the image's programs that are many, such as busybox, whose hard links are
-    /// named like other programs.
+    /// Inodes of the image's multi-call programs, such as busybox: their hard links have the
+    /// names of other programs.
     multicall: OnceLock<Vec<u64>>,
-    /// Where its unchanged programs are asked about only once; `None` if nowhere.
+    /// The shard where its unchanged programs are asked about only once, if it is in one.
     residence: OnceLock<Residence>,
-    /// Files that matter whatever they hold, beside those that the settings name.
+    /// Files that matter whatever their content is, beside those that the settings name.
     entry_point: RwLock<Vec<RootfsPath>>,
-    /// Locked for a look-up or an insert at a time: the gate reads it.
+    /// Locked only for one look-up or insert at a time, because the gate reads it.
     layer_files: RwLock<LayerFiles>,
 }
 
-/// What is asked of the next scans of a container.
+/// Requests for the next scans of a container.
 #[derive(Debug, Default)]
 struct Scans {
-    /// The upperdir is to be walked again because something was not seen. One
-    /// flag, so that a flood of losses asks for one walk.
+    /// The upperdir must be scanned again because something was not seen. It is a flag, so
+    /// that a flood of losses requests one scan.
     rescan: AtomicBool,
-    /// Failures that were said since the last walk began, a bit for each.
+    /// Failures that were reported since the last scan began, a bit for each.
     losses: AtomicU64,
-    /// It is to be walked although nothing was lost.
+    /// The upperdir must be scanned although nothing was lost.
     walk: AtomicBool,
-    /// The same for the container's processes: those that were there at this time
-    /// after boot, in clock ticks. 0 if none are to be looked at.
+    /// The container's processes must be checked: those that existed at this time after boot,
+    /// in clock ticks. 0 if none must be checked.
     process_scan: AtomicU64,
-    /// Since when the start of every process of it has been seen.
+    /// Since this time, the start of each of its processes has been seen.
     seen_since: AtomicU64,
-    /// What they have loaded is to be looked at.
+    /// The code that its processes have loaded must be checked.
     code_scan: AtomicBool,
 }
 
@@ -90,21 +89,21 @@ struct Scans {
 #[derive(Debug, Default)]
 struct Run {
     has_own_pid_namespace: AtomicBool,
-    /// Somebody has come into it from outside.
+    /// A session was opened in it.
     has_sessions: AtomicBool,
-    /// The container has ended: only the last walk is still to come.
+    /// The container has ended: only its last scan remains.
     detaching: AtomicBool,
-    /// The kernel has recorded the end of its first process, or of that one's first thread.
+    /// The kernel has recorded the end of its first process, or of the first thread of that.
     init_may_have_ended: AtomicBool,
-    /// The marks were there before its entry point ran.
+    /// The marks were in place before its entry point ran.
     armed_before_start: AtomicBool,
-    /// Until it has been looked whether that is so.
+    /// True until that has been checked.
     is_being_armed: AtomicBool,
-    /// The gate was asked about a program of init's.
+    /// The gate was asked about a program that init executes.
     init_was_asked_about: AtomicBool,
     /// The kernel has recorded that init became its entry point.
     entry_is_recorded: AtomicBool,
-    /// Marked because its runtime was called; containerd has not told of it yet.
+    /// Marked because its runtime was invoked; containerd has not announced it yet.
     unannounced: AtomicBool,
 }
 
@@ -117,20 +116,20 @@ pub(crate) struct ControlGroups {
     pub(crate) perf: Option<u64>,
 }
 
-/// A mount of a container, beside its root, that carries our mark: all of its
-/// filesystem, or only what is reached through the mount itself.
+/// A mount of a container, beside its root, that carries driftd's mark. The mark is on the
+/// whole filesystem, or only on what is reached through this mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MarkedMount {
     pub(crate) id: u64,
-    /// What the files on it show as theirs.
+    /// The device number that the files on it show.
     pub(crate) device: u64,
-    /// The directory (or file) of the filesystem that stands at `mount_point`.
+    /// The directory (or file) of the filesystem that is mounted at `mount_point`.
     pub(crate) root: Vec<u8>,
     pub(crate) mount_point: Vec<u8>,
     pub(crate) whole_filesystem: bool,
 }
 
-/// What the gate makes of an executed file.
+/// The origin of an executed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standing {
     /// The container's own.
@@ -142,7 +141,7 @@ pub(crate) enum Standing {
     Image,
 }
 
-/// Whether any thread of a process is alive: its first one may have ended before.
+/// Whether any thread of a process is alive: the first thread may have ended before.
 pub(crate) fn is_alive(process: ProcessIdentity) -> bool {
     let Ok(handle) = pidfd::open(process.pid) else { return false };
     procfs::read_stat(process.pid).is_ok_and(|stat| stat.identity == process)
@@ -179,16 +178,16 @@ impl Watched {
         }
     }
 
-    /// A container that does not run, for a walk of its layers alone; `None` if they are
-    /// gone. It belongs in no table: nothing that happens is its.
+    /// A container that does not run, for a scan of its layers; `None` if they are gone. It
+    /// must not be put into a table: no event belongs to it.
     pub(crate) fn stopped(
         container: ContainerId,
         dirs: OverlayDirs,
         entry_point: Vec<RootfsPath>,
     ) -> Option<Watched> {
-        let nobody = ProcessIdentity { pid: 0, start_time: 0 };
+        let no_process = ProcessIdentity { pid: 0, start_time: 0 };
         let upper = file::stat_path(&dirs.upperdir).ok()?;
-        let watched = Watched::new(container, nobody, &upper, Vec::new(), None, None, None);
+        let watched = Watched::new(container, no_process, &upper, Vec::new(), None, None, None);
         let redirects = overlay::redirects_by_default();
         let (userxattr, workdir, is_exported) = (false, None, false);
         let mount = overlay::Mount { dirs, userxattr, redirects, workdir, is_exported };
@@ -197,14 +196,14 @@ impl Watched {
         Some(watched)
     }
 
-    /// Whether its init is the first process of a pid namespace, as its processes
-    /// number themselves: another container may be in that too, but was put there.
+    /// Whether its init is the first process of its pid namespace, by the numbers inside.
+    /// Another container may be in the namespace too, but joined it later.
     pub(crate) fn has_own_pid_namespace(&self) -> bool {
         self.run.has_own_pid_namespace.load(Ordering::Acquire)
     }
 
-    /// Whether a process in one of its namespaces is its. With the first process of a
-    /// pid namespace all others end, and the kernel gives the numbers out again.
+    /// Whether a process in one of its namespaces belongs to it. When the first process of a
+    /// pid namespace ends, all others end too, and the kernel reuses the namespace numbers.
     pub(crate) fn has_namespaces(&self) -> bool {
         let has_ended = || {
             self.is_detaching()
@@ -213,13 +212,14 @@ impl Watched {
         !(self.has_own_pid_namespace() && has_ended())
     }
 
-    /// Whether this control group is its own or within it; `None` if it has none.
+    /// Whether `cgroup` is the container's control group or lies within it; `None` if the
+    /// container has none.
     pub(crate) fn holds_cgroup(&self, cgroup: &[u8]) -> Option<bool> {
         let below = cgroup.strip_prefix(self.cgroup.as_deref()?);
         Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
     }
 
-    /// Whether somebody has come into it from outside since it is watched.
+    /// Whether a session was opened in it since it is watched.
     pub(crate) fn has_sessions(&self) -> bool {
         self.run.has_sessions.load(Ordering::Acquire)
     }
@@ -236,9 +236,9 @@ impl Watched {
         self.image.layers.get()
     }
 
-    /// Whether opening a file of its root may mean to wait for a process or another
-    /// machine. Then the root carries no mark of the gate, and only files of the upper
-    /// layer are read, by their names there.
+    /// Whether opening a file of its root may wait for a process or for another machine. Then
+    /// the root carries no mark of the gate, and only files of the upper layer are read, by
+    /// their names there.
     pub(crate) fn has_foreign_layers(&self) -> bool {
         self.image.has_foreign_layers.load(Ordering::Acquire)
     }
@@ -252,7 +252,7 @@ impl Watched {
         (!self.has_foreign_layers()).then(Local::by_layers)
     }
 
-    /// What is mounted, as some processes of it see it.
+    /// The mounts that some of its processes see.
     pub(crate) fn view<'a>(&self, viewers: impl IntoIterator<Item = &'a Handle>) -> View {
         let view = View::of(viewers);
         match self.has_foreign_layers() {
@@ -261,19 +261,19 @@ impl Watched {
         }
     }
 
-    /// The first answer stays.
+    /// Sets the layers. The first value stays.
     pub(crate) fn set_layers(&self, layers: Layers) {
         let _ = self.image.layers.set(layers);
     }
 
-    /// Asks once, when its layers are known, which inodes its programs have that are many.
+    /// Reads the inodes of its multi-call programs, once, when its layers are known.
     pub(crate) fn learn_multicall(&self, inodes: impl FnOnce(&Watched) -> Vec<u64>) {
         if self.layers().is_some() {
             self.image.multicall.get_or_init(|| inodes(self));
         }
     }
 
-    /// Whether a program is one of those, whatever its file is called.
+    /// Whether a program is a multi-call program, under any name.
     pub(crate) fn is_multicall(&self, device: u64, inode: u64) -> bool {
         device == self.device
             && self.image.multicall.get().is_some_and(|inodes| inodes.contains(&inode))
@@ -287,7 +287,7 @@ impl Watched {
         let _ = self.image.residence.set(residence);
     }
 
-    /// Whether a file is the image's own as far as anybody can know, until it changes.
+    /// Whether a file certainly is the image's own, until it changes.
     pub(crate) fn is_certain(&self, stat: &Stat) -> bool {
         let born = self.layers().and_then(Layers::born);
         match layers::place(stat, born) {
@@ -299,7 +299,7 @@ impl Watched {
         }
     }
 
-    /// Its other mounts that carry our marks, as they were when last looked at.
+    /// Its other mounts that carry driftd's marks, as they were when they were last listed.
     pub(crate) fn mounts(&self) -> Arc<[MarkedMount]> {
         self.mounts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -317,7 +317,7 @@ impl Watched {
         *self.mounts.write().unwrap_or_else(PoisonError::into_inner) = mounts.into();
     }
 
-    /// The kernel has recorded the end of its first process, or of that one's first thread.
+    /// The kernel has recorded the end of its first process, or of the first thread of that.
     pub(crate) fn note_end_of_init(&self) {
         self.run.init_may_have_ended.store(true, Ordering::Release);
     }
@@ -340,7 +340,7 @@ impl Watched {
         self.image.layer_files.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose an executed file is.
+    /// The origin of an executed file.
     pub(crate) fn standing(&self, stat: &Stat) -> Standing {
         let born = self.layers().and_then(Layers::born);
         match layers::place(stat, born) {
@@ -359,7 +359,7 @@ impl Watched {
         }
     }
 
-    /// Asks for a walk of everything.
+    /// Requests a scan of everything: files, processes and loaded code.
     pub(crate) fn ask_for_rescan(&self) {
         self.scans.seen_since.store(procfs::ticks_since_boot(), Ordering::Release);
         self.ask_for_processes();
@@ -367,18 +367,18 @@ impl Watched {
         self.scans.rescan.store(true, Ordering::Release);
     }
 
-    /// Notes a loss; says whether it is the first of its kind since a walk began.
-    pub(crate) fn loses(&self, failure: Failure) -> bool {
+    /// Notes a loss; true if it is the first of its kind since a scan began.
+    pub(crate) fn note_loss(&self, failure: Failure) -> bool {
         let bit = 1_u64 << failure as u32;
         self.scans.losses.fetch_or(bit, Ordering::AcqRel) & bit == 0
     }
 
-    /// Asks for a walk of the upperdir alone.
+    /// Requests a scan of the upperdir alone.
     pub(crate) fn ask_for_walk(&self) {
         self.scans.walk.store(true, Ordering::Release);
     }
 
-    /// Says whether this is the first time.
+    /// Notes the end of the container; true the first time.
     pub(crate) fn detach(&self) -> bool {
         !self.run.detaching.swap(true, Ordering::AcqRel)
     }
@@ -391,8 +391,8 @@ impl Watched {
         self.run.armed_before_start.load(Ordering::Acquire)
     }
 
-    /// Its marks are in place. That init had not become the entry point by then is what a
-    /// look can tell; an execve that had opened its file already is not seen by it.
+    /// Its marks are in place. `before_start`: a check found that init had not become the
+    /// entry point by then. The check does not see an execve that had already opened its file.
     pub(crate) fn set_armed(&self, before_start: bool) {
         self.run.armed_before_start.store(before_start, Ordering::Release);
         self.run.is_being_armed.store(false, Ordering::Release);
@@ -402,8 +402,8 @@ impl Watched {
         self.run.is_being_armed.load(Ordering::Acquire)
     }
 
-    /// It turned out that its entry point had begun before its marks were in place. True
-    /// once, and only where the opposite was believed.
+    /// Its entry point had begun before its marks were in place after all. True once, and only
+    /// if the opposite was assumed.
     pub(crate) fn take_armed_before_start(&self) -> bool {
         self.run.armed_before_start.swap(false, Ordering::AcqRel)
     }
@@ -416,7 +416,7 @@ impl Watched {
         self.run.init_was_asked_about.load(Ordering::Acquire)
     }
 
-    /// Says whether this is news.
+    /// Notes the record of its entry point; true the first time.
     pub(crate) fn record_entry(&self) -> bool {
         !self.run.entry_is_recorded.swap(true, Ordering::AcqRel)
     }
@@ -437,14 +437,14 @@ impl Watched {
         self.scans.rescan.load(Ordering::Acquire) || self.scans.walk.load(Ordering::Acquire)
     }
 
-    /// A walk begins. Says whether it is to make up for a loss.
+    /// A scan begins. True if it must make up for a loss.
     pub(crate) fn take_rescan(&self) -> bool {
         self.scans.walk.store(false, Ordering::Release);
         self.scans.losses.store(0, Ordering::Release);
         self.scans.rescan.swap(false, Ordering::AcqRel)
     }
 
-    /// Asks for a look at the processes whose start was not seen.
+    /// Requests a check of the processes whose start was not seen.
     pub(crate) fn ask_for_processes(&self) {
         self.scans
             .process_scan
@@ -455,13 +455,14 @@ impl Watched {
         self.scans.code_scan.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether the container's processes are to be looked at, and since when the
-    /// start of every other one has been seen.
+    /// Whether the container's processes must be checked, and since when the start of every
+    /// other process has been seen.
     pub(crate) fn take_process_scan(&self) -> Option<u64> {
         Some(self.scans.process_scan.swap(0, Ordering::AcqRel)).filter(|&since| since > 0)
     }
 }
 
+/// A container that is known only by its numbers. Two of a pod share a pid namespace.
 #[cfg(test)]
 pub(crate) fn some_container(number: u64) -> Watched {
     use crate::model::{ContainerId, FileTime, FileType, ProcessIdentity};

@@ -1,5 +1,7 @@
-//! Other ways by which a container reaches its files, as they are remembered: `files::ways`
-//! finds them.
+//! Remembers the other paths by which a container reaches its files: links, and mounts.
+//!
+//! It only keeps them and maps paths; `files::ways` finds them. A way makes a file sensitive
+//! that lies elsewhere: `/etc/cron.d` may be a link to `/tmp/x`.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::model::RootfsPath;
 use crate::sys::overlay;
 
-/// More of one container are not followed. Each link is reported itself.
+/// More ways of one container are not followed. Each link is still reported itself.
 pub(crate) const MAX_WAYS: usize = 64;
 
 /// The ways of one container.
@@ -17,13 +19,13 @@ pub(crate) struct Ways(Mutex<All>);
 #[derive(Debug, Default)]
 pub(crate) struct All {
     pub(crate) ways: Vec<Way>,
-    /// Ways that the image has by itself: its links, and homes of its users. `None`:
-    /// nobody has looked.
+    /// Ways in the image itself: its links, and the homes of its users. `None` if they have
+    /// not been read yet.
     pub(crate) of_image: Option<Vec<(RootfsPath, RootfsPath)>>,
-    /// Moves with each walk of everything.
+    /// Counts the walks of the whole upper layer.
     pub(crate) walk: u64,
-    /// Sensitive places where something was mounted when the container was first looked
-    /// at: by its runtime.
+    /// Sensitive places where something was mounted when the container was first examined:
+    /// its runtime mounted it.
     pub(crate) mounted: Option<HashSet<Vec<u8>>>,
 }
 
@@ -31,14 +33,14 @@ pub(crate) struct All {
 pub(crate) struct Way {
     pub(crate) from: RootfsPath,
     pub(crate) to: RootfsPath,
-    /// The link as it is called in the upper layer; `None` for a mount.
+    /// The path of the link in the upper layer; `None` for a mount.
     pub(crate) link: Option<RootfsPath>,
-    /// The walk that saw it last.
+    /// The last walk that found it.
     pub(crate) walk: u64,
 }
 
 impl Ways {
-    /// Whether the links and homes of its image are known.
+    /// Whether the links and homes of the image are known.
     pub(crate) fn knows_image(&self) -> bool {
         self.all().of_image.is_some()
     }
@@ -47,7 +49,7 @@ impl Ways {
         self.all().of_image = Some(ways);
     }
 
-    /// Remembers where something is mounted, and returns where it was before.
+    /// Remembers where something is mounted, and returns the earlier places.
     pub(crate) fn replace_mounted(&self, mounted: HashSet<Vec<u8>>) -> Option<HashSet<Vec<u8>>> {
         self.all().mounted.replace(mounted)
     }
@@ -56,7 +58,7 @@ impl Ways {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The path by which a file is reached as well.
+    /// The other path by which a file is reached.
     pub(crate) fn leading_to(&self, path: &RootfsPath) -> Option<RootfsPath> {
         let all = self.all();
         all.ways.iter().find_map(|way| {
@@ -66,7 +68,7 @@ impl Ways {
         })
     }
 
-    /// A path that stands for `path` in the image, if such a one is wanted.
+    /// The path of the image that leads to `path`, if `is_wanted` accepts it.
     pub(crate) fn known_as(
         &self,
         path: &RootfsPath,
@@ -80,7 +82,7 @@ impl Ways {
         })
     }
 
-    /// True if it is news.
+    /// True if the way is new.
     pub(crate) fn add(&self, from: &RootfsPath, to: RootfsPath, link: Option<&RootfsPath>) -> bool {
         let mut all = self.all();
         let walk = all.walk;
@@ -88,7 +90,8 @@ impl Ways {
             way.walk = walk;
             return false;
         }
-        // One that leads back to above itself would make the whole container sensitive.
+        // A way that leads to a directory above itself would make the whole container
+        // sensitive.
         if from.is_within(&to) || to.is_within(from) || all.ways.len() >= MAX_WAYS {
             return false;
         }
@@ -96,16 +99,17 @@ impl Ways {
         true
     }
 
-    /// There is no link of this name any more.
+    /// This link does not exist any more.
     pub(crate) fn forget(&self, link: &RootfsPath) {
         self.all().ways.retain(|way| way.link.as_ref() != Some(link));
     }
 
-    /// A walk of everything begins, which sees all links that are there.
+    /// A walk of the whole upper layer begins. It finds every link that still exists.
     pub(crate) fn begin_walk(&self) {
         self.all().walk += 1;
     }
 
+    /// The walk has ended: links that it has not found are forgotten.
     pub(crate) fn end_walk(&self) {
         let mut all = self.all();
         let walk = all.walk;
@@ -131,11 +135,11 @@ mod tests {
         assert_eq!(reached("/tmp/cr/a").as_deref(), Some("/etc/cron.d/a"));
         assert_eq!(reached("/tmp/cr").as_deref(), Some("/etc/cron.d"));
         assert_eq!(reached("/tmp/crx/a"), None);
-        // One that leads to above itself makes nothing else sensitive.
+        // A way that leads to a directory above itself makes nothing else sensitive.
         for above in ["/", "/etc"] {
             assert!(!ways.add(&path("/etc/cron.daily"), path(above), None));
         }
-        // A walk that has not seen it, and somebody who has removed it.
+        // A walk has not found the link, or the link was removed.
         ways.begin_walk();
         ways.end_walk();
         assert_eq!(reached("/tmp/cr/a"), None);
@@ -150,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn no_number_of_links_takes_more_than_its_room() {
+    fn the_number_of_remembered_links_is_bounded() {
         let ways = Ways::default();
         for number in 0..1000 {
             ways.add(&path(&format!("/home/{number}")), path(&format!("/tmp/{number}")), None);

@@ -1,55 +1,56 @@
-//! With what arguments containers' processes have become programs, by the kernel's
-//! records: for who asks when the process has ended, and /proc tells nothing.
+//! Remembers the recent executions of containers' processes and their arguments, by the
+//! kernel's records: for processes that have ended, because /proc no longer shows them.
 //!
-//! The trace fills it and others ask, mostly within milliseconds. What is asked for
-//! is the first execve after a time, so an execve is kept also if its arguments are
-//! not known: or those of a later one would be taken for its own.
+//! The trace fills it; other threads ask, mostly within milliseconds. They ask for the first
+//! execve after a time. So an execve is kept even if its arguments are not known: otherwise
+//! the arguments of a later one would be taken for its own. It reads nothing itself, and what
+//! it keeps is bounded.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::model::printable;
 use crate::sys::{file, procfs};
 
-/// Bounds for what is kept; the oldest is forgotten.
+/// Bounds; the oldest executions are forgotten.
 const MAX_EXECUTIONS: usize = 4 * 1024;
 const MAX_BYTES: usize = 4 << 20;
 const MAX_EARLY: usize = 256;
 
-/// Times are of the records' clock.
+/// All times are of the clock of the kernel's records.
 #[derive(Debug, Default)]
 pub(crate) struct Arguments {
     executions: HashMap<u32, Vec<Execution>>,
-    /// Each of them, by time and process.
+    /// The executions in order: time and process.
     order: VecDeque<(u64, u32)>,
     bytes: usize,
-    /// Of an execve whose record has not been read: when the gate was asked, and what
-    /// was found.
+    /// For an execve whose record has not been read: when the gate was asked, and what was
+    /// read of the process.
     early: HashMap<u32, (u64, Box<Words>)>,
-    /// Of what was executed before this, some may be forgotten.
+    /// Executions before this time may be forgotten.
     forgotten: u64,
 }
 
 #[derive(Debug)]
 struct Execution {
     time: u64,
-    /// The path as it was given to execve.
+    /// The path that was given to execve.
     name: Box<[u8]>,
-    /// The file that was mapped first: of a script, its interpreter.
+    /// The file that was mapped first: for a script, its interpreter.
     program: Box<[u8]>,
-    /// As /proc/PID/cmdline has them.
+    /// In the format of /proc/PID/cmdline.
     arguments: Option<Box<[u8]>>,
-    /// What was read there, if that is not known.
+    /// What was read from /proc, if `arguments` is not known.
     found: Option<Box<Words>>,
 }
 
-/// What a process ran, as far as it is recorded.
+/// The program that a process ran, as far as it is recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Program {
     pub(crate) exe: Option<String>,
     pub(crate) argv: Option<Vec<String>>,
 }
 
-/// What a process was when it was looked at.
+/// The program of a process, as read from /proc.
 #[derive(Debug)]
 pub(crate) struct Words {
     pub(crate) exe: Option<String>,
@@ -58,7 +59,7 @@ pub(crate) struct Words {
 
 impl Words {
     fn bytes(&self) -> usize {
-        self.exe.iter().chain(&self.argv).map(|word| size_of::<String>() + word.len()).sum()
+        self.exe.iter().chain(&self.argv).map(|text| size_of::<String>() + text.len()).sum()
     }
 }
 
@@ -67,23 +68,23 @@ impl Execution {
         self.name.len()
             + self.program.len()
             + self.arguments.as_ref().map_or(0, |arguments| arguments.len())
-            + self.found.as_ref().map_or(0, |words| words.bytes())
+            + self.found.as_ref().map_or(0, |found| found.bytes())
     }
 }
 
-/// What is known of the first execve of a process after a time.
+/// The recorded arguments of the first execve of a process after a time.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Recorded {
     Arguments(Box<[u8]>),
     Unknown,
-    /// There was none, or its record has not been read.
+    /// There was no execve, or its record has not been read.
     NotYet,
 }
 
 impl Arguments {
     pub(crate) fn executed(&mut self, pid: u32, time: u64, arguments: Option<Box<[u8]>>) {
         let early = self.early.remove(&pid).filter(|(asked, _)| *asked <= time);
-        let found = early.map(|(_, words)| words).filter(|_| arguments.is_none());
+        let found = early.map(|(_, found)| found).filter(|_| arguments.is_none());
         let (name, program) = (Box::default(), Box::default());
         let execution = Execution { time, name, program, arguments, found };
         self.bytes += execution.bytes();
@@ -92,7 +93,7 @@ impl Arguments {
         self.keep_bounds();
     }
 
-    /// By what path the last execve of a process was, and what it runs.
+    /// Adds the path of a process's last execve, and the program that it runs.
     pub(crate) fn named(&mut self, pid: u32, name: &[u8], program: &[u8]) {
         let last = self.executions.get_mut(&pid).and_then(|executions| executions.last_mut());
         if let Some(execution) = last {
@@ -103,7 +104,7 @@ impl Arguments {
         }
     }
 
-    /// The same of the first execve of a process from `since` on, and not after `until`.
+    /// The path of the first execve of a process from `since` on, and not after `until`.
     pub(crate) fn name_of(&self, pid: u32, since: u64, until: u64) -> Option<Box<[u8]>> {
         let mut executions = self.executions.get(&pid)?.iter();
         let first = executions.find(|execution| execution.time >= since)?;
@@ -111,7 +112,7 @@ impl Arguments {
         is_it.then(|| first.name.clone())
     }
 
-    /// What a process ran at this time, and with which arguments.
+    /// The program that a process ran at this time, with its arguments.
     pub(crate) fn running(&self, pid: u32, at: u64) -> Option<Program> {
         let mut executions = self.executions.get(&pid)?.iter().rev();
         let last = executions.find(|execution| execution.time <= at)?;
@@ -120,13 +121,13 @@ impl Arguments {
         let recorded = last.arguments.as_deref().and_then(procfs::split_arguments);
         let recorded =
             recorded.map(|argv| argv.iter().map(|argument| printable(argument)).collect());
-        let found = || last.found.as_ref().map(|words| words.argv.clone());
+        let found = || last.found.as_ref().map(|found| found.argv.clone());
         let argv = recorded.or_else(found);
         let exe = exe.or_else(|| last.found.as_ref()?.exe.clone());
         Some(Program { exe, argv })
     }
 
-    /// The arguments of a process's last execve, if that came without.
+    /// Adds the arguments of a process's last execve, if its record had none.
     pub(crate) fn add(&mut self, pid: u32, arguments: Box<[u8]>) {
         let last = self.executions.get_mut(&pid).and_then(|executions| executions.last_mut());
         if let Some(Execution { arguments: unknown @ None, .. }) = last {
@@ -136,13 +137,13 @@ impl Arguments {
         }
     }
 
-    /// What was read of a process after the gate was asked about it.
-    pub(crate) fn found(&mut self, pid: u32, asked: u64, words: Words) {
+    /// Adds what was read of a process after the gate was asked about it.
+    pub(crate) fn found(&mut self, pid: u32, asked: u64, read: Words) {
         let executions = self.executions.get_mut(&pid).into_iter().flatten();
         match executions.into_iter().find(|execution| execution.time >= asked) {
             Some(execution @ Execution { arguments: None, found: None, .. }) => {
-                self.bytes += words.bytes();
-                execution.found = Some(Box::new(words));
+                self.bytes += read.bytes();
+                execution.found = Some(Box::new(read));
                 self.keep_bounds();
             }
             Some(_) => (),
@@ -150,23 +151,23 @@ impl Arguments {
                 if self.early.len() >= MAX_EARLY {
                     self.early.clear();
                 }
-                self.early.insert(pid, (asked, Box::new(words)));
+                self.early.insert(pid, (asked, Box::new(read)));
             }
         }
     }
 
-    /// What was read of a process that has become a program at this time.
+    /// What was read of a process after its execve at this time.
     pub(crate) fn found_of(&self, pid: u32, time: u64) -> Option<&Words> {
         let execution = self.executions.get(&pid)?.iter().find(|one| one.time == time)?;
         execution.found.as_deref()
     }
 
-    /// Records were lost: nobody knows whether what is kept is the first.
+    /// Records were lost: a kept execve may not be the first after a time any more.
     pub(crate) fn forget_all(&mut self, now: u64) {
         *self = Arguments { forgotten: now, ..Arguments::default() };
     }
 
-    /// Of the first execve of a process from `since` on, and not after `until`.
+    /// The arguments of the first execve of a process from `since` on, and not after `until`.
     pub(crate) fn of(&self, pid: u32, since: u64, until: u64) -> Recorded {
         if since <= self.forgotten {
             return Recorded::Unknown;
@@ -187,7 +188,7 @@ impl Arguments {
             && let Some((time, pid)) = self.order.pop_front()
         {
             self.forgotten = time;
-            // Each process's are in order too.
+            // The executions of each process are in order too.
             if let Some(executions) = self.executions.get_mut(&pid) {
                 self.bytes -= executions.remove(0).bytes();
                 if executions.is_empty() {
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn w15_what_a_process_ran_is_known_when_it_has_ended() {
+    fn w15_the_program_of_an_ended_process_is_known() {
         let mut kept = Arguments::default();
         kept.executed(7, 10, text("bash\0-c\0x"));
         kept.named(7, b"bash", b"/bin/bash");
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_execve_after_a_time_is_told_and_not_a_later_one() {
+    fn the_first_execve_after_a_time_is_returned_and_not_a_later_one() {
         let mut kept = Arguments::default();
         kept.executed(7, 10, text("a"));
         kept.executed(7, 20, None);
@@ -251,34 +252,34 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_belongs_to_the_first_execve_after_the_question() {
-        let words = |argv: &str| Words { exe: None, argv: vec![argv.to_owned()] };
+    fn what_was_read_belongs_to_the_first_execve_after_the_request() {
+        let read = |argv: &str| Words { exe: None, argv: vec![argv.to_owned()] };
         let of = |kept: &Arguments, pid, time| Some(kept.found_of(pid, time)?.argv.concat());
         let mut kept = Arguments::default();
-        // Before its record, and behind it.
-        kept.found(7, 5, words("a"));
+        // Read before the record, and after it.
+        kept.found(7, 5, read("a"));
         kept.executed(7, 10, None);
         kept.executed(7, 20, None);
-        kept.found(7, 15, words("b"));
+        kept.found(7, 15, read("b"));
         assert_eq!(of(&kept, 7, 10).as_deref(), Some("a"));
         assert_eq!(of(&kept, 7, 20).as_deref(), Some("b"));
         assert_eq!(of(&kept, 7, 15), None);
-        // The question came after the execve: what was read is another one's.
-        kept.found(8, 30, words("c"));
+        // The request came after the execve: what was read belongs to another execve.
+        kept.found(8, 30, read("c"));
         kept.executed(8, 25, None);
         assert_eq!(of(&kept, 8, 25), None);
-        // The kernel's own record is better.
+        // The kernel's record is preferred.
         kept.executed(9, 40, text("d"));
-        kept.found(9, 35, words("e"));
+        kept.found(9, 35, read("e"));
         assert_eq!(of(&kept, 9, 40), None);
         for pid in 100..1_000 {
-            kept.found(pid, 1, words("x"));
+            kept.found(pid, 1, read("x"));
         }
         assert!(kept.early.len() <= MAX_EARLY);
     }
 
     #[test]
-    fn what_may_be_forgotten_is_unknown() {
+    fn executions_that_may_be_forgotten_are_unknown() {
         let mut kept = Arguments::default();
         let all = u32::try_from(MAX_EXECUTIONS).unwrap();
         for pid in 1..=all {

@@ -1,5 +1,8 @@
-//! Which process made which one, by the kernel's records, and in which container each
-//! was born.
+//! Remembers the parent of each recent process, by the kernel's records, and the container in
+//! which it was born.
+//!
+//! The thread of the trace fills it, many threads ask it. It is bounded, and it reads nothing
+//! itself: a pid may be reused, so each answer compares times.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -8,16 +11,16 @@ use super::named::Named;
 use crate::model::ProcessIdentity;
 use crate::watch::core::watched::Watched;
 
-/// How long an event may lag behind the end of the process that it names, in clock
-/// ticks, of which Linux tells a hundred a second. After that its pid may be
-/// another's.
+/// How long an event may lag behind the end of the process that it names, in clock ticks:
+/// Linux reports a hundred a second. After that, its pid may belong to another process.
 pub(crate) const LAG: u64 = 2 * 100;
 
-/// Births that are remembered, and how far they are followed.
+/// How many births are remembered.
 pub(crate) const MAX_BIRTHS: usize = 64 * 1024;
 
-/// Who made whom, of all containers' processes that were born lately. The thread that
-/// reads the kernel's records writes it, and waits for nobody who looks into /proc.
+/// The parents of all containers' processes that were born lately. The thread that reads the
+/// kernel's records writes it and must not wait for it: never hold its lock while reading
+/// /proc.
 #[derive(Debug, Default)]
 pub(crate) struct Births {
     pub(crate) parents: HashMap<u32, Birth>,
@@ -29,7 +32,7 @@ pub(crate) struct Birth {
     pub(crate) parent: u32,
     /// When its record was read, in clock ticks since boot.
     pub(crate) read_at: u64,
-    /// The container in which it was born, where that is certain.
+    /// The container in which it was born, if that is certain.
     pub(crate) home: Option<Arc<Watched>>,
 }
 
@@ -49,27 +52,28 @@ impl Births {
         self.insert(pid, Birth { parent, read_at, home: None });
     }
 
-    /// The same of one whose parent is a container's without doubt.
+    /// Like [`born`](Births::born), for a process with a parent that certainly belongs to a
+    /// container.
     pub(crate) fn born_in(&mut self, home: Arc<Watched>, pid: u32, parent: u32, read_at: u64) {
         self.insert(pid, Birth { parent, read_at, home: Some(home) });
     }
 
-    /// The container in which a process was born, whatever it has joined since. The
-    /// process lives or has just ended.
+    /// The container in which a process was born, even if it has joined others since. The
+    /// process must be alive, or must have just ended.
     pub(crate) fn home_of(&self, identity: ProcessIdentity) -> Option<&Arc<Watched>> {
         let birth = self.parents.get(&identity.pid)?;
-        // The record of a birth is read after it, and before another process has the
-        // number. An older one is of another process: where many are made, a number comes
-        // again within seconds, and the record of the new birth may be late or lost.
+        // The record of a birth is read after the birth, and before another process has the
+        // pid. An older record belongs to another process: if many processes are created, a
+        // pid is reused within seconds, and the record of the new birth may be late or lost.
         birth.home.as_ref().filter(|_| identity.start_time <= birth.read_at + 1)
     }
 
-    /// Whether such a process was born in a container, wherever its parents are by now.
+    /// Whether such a process was born in a container, even if its parents have left it.
     pub(crate) fn is_born_inside(&self, identity: ProcessIdentity) -> bool {
         self.home_of(identity).is_some()
     }
 
-    /// A process that no container has made has this number now.
+    /// A process that was created outside of containers has this pid now.
     pub(crate) fn forget(&mut self, pid: u32) {
         self.parents.remove(&pid);
     }
@@ -83,7 +87,7 @@ impl Births {
     pub(crate) fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
         let parent = move |pid: &u32| {
             let birth = self.parents.get(pid)?;
-            // Not of another process that has the pid by now.
+            // A later birth belongs to another process that has the pid by now.
             (birth.read_at <= named.read_at + LAG).then_some(birth.parent)
         };
         std::iter::successors(parent(&named.pid), parent)
@@ -96,7 +100,7 @@ mod tests {
     use crate::watch::core::table::tests::watched;
 
     #[test]
-    fn x13_a_process_has_no_home_by_the_birth_of_one_that_had_its_number() {
+    fn x13_a_process_has_no_home_by_the_birth_of_an_earlier_process_with_its_pid() {
         let home = Arc::new(watched("a", 1));
         let mut births = Births::default();
         births.born_in(home, 7, 1, 100);
@@ -104,12 +108,12 @@ mod tests {
             |start_time| births.home_of(ProcessIdentity { pid: 7, start_time }).is_some();
         // The record is read at once, or some time after the birth.
         assert!(has_home(100) && has_home(101) && has_home(50));
-        // Another process has the number; its own birth is not known yet, or never will be.
+        // Another process has the pid. Its own birth is not known yet, or will never be.
         assert!(!has_home(102) && !has_home(100 + LAG));
     }
 
     #[test]
-    fn births_are_followed_to_the_parents_and_no_further_than_they_are_remembered() {
+    fn births_are_followed_to_the_parents_as_far_as_they_are_remembered() {
         let mut births = Births::default();
         let mut born =
             |pid, parent, read_at| births.insert(pid, Birth { parent, read_at, home: None });

@@ -1,4 +1,8 @@
-//! What is told of a process, gathered while it may be ending.
+//! Describes a process for a report, while it may be ending.
+//!
+//! It reads /proc and keeps nothing. The gate's event comes before execve is over: what is
+//! still the caller's must never be reported as the new program's. The threads that describe
+//! and check processes use it.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
@@ -9,24 +13,23 @@ use crate::sys::overlay;
 use crate::sys::procfs::{self, Handle, Stat};
 use crate::watch::core::watched::Watched;
 
-/// How often a process is looked at while its execve is under way.
+/// How often a process is read while its execve is in progress.
 pub(crate) const STEP: Duration = Duration::from_micros(100);
 
-/// What the gate saw of a process: the caller of execve, before it became the
-/// new program.
+/// A process as the gate saw it: the caller of execve, before it became the new program.
 #[derive(Debug)]
 pub(crate) struct Caller {
-    /// `None` if the process is not visible in our pid namespace.
+    /// `None` if the process is not visible in the daemon's pid namespace.
     pub(crate) stat: Option<Stat>,
     pub(crate) pid: u32,
-    /// When the gate was asked, by the clock of the kernel's records: its execve ends
-    /// later. `None` if nobody had to be asked.
+    /// When the gate was asked, by the clock of the kernel's records: the execve ends later.
+    /// `None` if the gate was not asked.
     pub(crate) asked: Option<u64>,
     pub(crate) pidfd: Option<OwnedFd>,
 }
 
 impl Caller {
-    /// `None` if there is no descriptor left for the handle.
+    /// `None` if no descriptor is left for the handle.
     pub(crate) fn try_clone(&self) -> Option<Caller> {
         let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose().ok()?;
         Some(Caller { stat: self.stat.clone(), pid: self.pid, asked: self.asked, pidfd })
@@ -47,14 +50,14 @@ pub(crate) fn texts(arguments: &[Vec<u8>]) -> Vec<String> {
     arguments.iter().map(|argument| printable(argument)).collect()
 }
 
-/// How long an execve may take before its arguments are not waited for while
-/// others wait, and at all: on a busy machine it may be long before it gets a turn.
+/// How long driftd waits for the end of an execve: while other executions wait, and otherwise.
+/// On a busy machine, the process may get no processor for long.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(2);
 pub(crate) const PATIENCE_WHEN_IDLE: Duration = Duration::from_millis(250);
 
-/// Waits until the caller has become the new program, but not for long if
-/// `others_wait`, and describes that. What is still the caller's own (the event comes before
-/// execve is over) is never told as the new program's: then it is `None`.
+/// Waits until the caller has become the new program, but not for long if `others_wait`, and
+/// describes the program. What is still the caller's own (the event comes before execve is
+/// over) is never reported as the new program's: those fields are `None` then.
 pub(crate) fn after_exec(
     caller: &Caller,
     watched: &Watched,
@@ -85,7 +88,8 @@ pub(crate) fn after_exec(
         },
     };
     if let Ok(handle) = Handle::open_exactly(stat.identity) {
-        // It is the caller's too, and a program may be over before it is described.
+        // The root is read first: it is the same before execve, and the process may end before
+        // it is described.
         executing.process.root = own_root(&handle, watched);
         if let Some(now) = wait_for_program(&handle, stat, caller, others_wait) {
             let exe = handle.exe().ok();
@@ -101,7 +105,8 @@ pub(crate) fn after_exec(
     executing
 }
 
-/// Waits until the caller has become another program; `None` if it has not, or has ended.
+/// Waits until the caller has become another program; `None` if it has not, or if it has
+/// ended.
 fn wait_for_program(
     handle: &Handle,
     before: &Stat,
@@ -122,15 +127,15 @@ fn wait_for_program(
     }
 }
 
-/// Whether a process has not gone on to another program meanwhile. That it has ended
-/// makes nothing untrue.
+/// Whether a process has not become another program meanwhile. If it has ended, what was read
+/// is still true.
 fn is_still(handle: &Handle, now: &Stat) -> bool {
     let then = handle.stat().ok().filter(|then| !then.has_ended());
     then.is_none_or(|then| then.area == now.area)
 }
 
-/// What the caller has become, in as few looks as will do: of what is over within a
-/// moment.
+/// The program that the caller has become, with as few reads as possible: for processes that
+/// end within a moment.
 pub(crate) fn words_after_exec(caller: &Caller, others_wait: &dyn Fn() -> bool) -> Option<Words> {
     let stat = caller.stat.as_ref()?;
     let handle = Handle::open_exactly(stat.identity).ok()?;
@@ -154,7 +159,7 @@ fn wait_or_end(caller: &Caller, step: Duration) {
     }
 }
 
-/// Describes a process that is not in the middle of anything we know of.
+/// Describes a process that is in no execve that driftd knows of.
 pub(crate) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
     let stat = handle.first_stat();
     Process {
@@ -168,22 +173,22 @@ pub(crate) fn as_it_is(handle: &Handle, watched: &Watched) -> Process {
     }
 }
 
-/// A process's root directory, where that is not the container's.
+/// The root directory of a process, if it is not the container's.
 fn own_root(handle: &Handle, watched: &Watched) -> Option<String> {
     let root = handle.root().ok()?;
     let root = overlay::strip_directory(&root, &watched.root_name).unwrap_or(&root);
     (root.starts_with(b"/") && root != b"/").then(|| printable(root))
 }
 
-/// The root directory by which the file at `path` is called `exe` there: that of a
-/// process that has a mount namespace of its own.
+/// The root directory in which the file at `path` has the name `exe`: that of a process with
+/// a mount namespace of its own.
 pub(crate) fn root_by_name(path: &RootfsPath, exe: Option<&str>) -> Option<String> {
     let exe = exe?.strip_suffix(" (deleted)").or(exe)?;
     let root = path.as_bytes().strip_suffix(&*bytes_of_printable(exe))?;
     (exe.starts_with('/') && !root.is_empty()).then(|| printable(root))
 }
 
-/// The ancestors of a process that is gone, from its parent on.
+/// The ancestors of a process that has ended, from its parent on.
 pub(crate) fn ancestors_from(parent: u32, watched: &Watched) -> Vec<Ancestor> {
     let gone = Stat {
         // Later than any parent can have started.
@@ -210,12 +215,12 @@ pub(crate) fn ancestor(handle: &Handle) -> Ancestor {
     }
 }
 
-/// The name under which a program was called, where that says more than `path`.
+/// The name by which a program was executed, if it is another one than `path`.
 pub(crate) fn invoked_as(exec_name: &[u8], path: &RootfsPath) -> Option<String> {
     let is_the_same = if exec_name.starts_with(b"/") {
         RootfsPath::new(exec_name).as_ref() == Ok(path)
     } else {
-        // Relative to a directory that is not known here.
+        // The name is relative to a directory that is not known here.
         let name = exec_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
         name == path.file_name()
     };
@@ -233,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nested_root_is_known_by_what_the_file_is_called_there() {
+    fn a_nested_root_is_known_by_the_files_name_in_it() {
         let check = |path: &str, exe, expected: Option<&str>| {
             let path = RootfsPath::new(path).unwrap();
             assert_eq!(root_by_name(&path, Some(exe)).as_deref(), expected, "{exe}");
@@ -245,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn another_name_is_told_and_another_spelling_is_not() {
+    fn another_name_is_reported_and_another_spelling_is_not() {
         check("/bin/ls", "/bin/busybox", Some("/bin/ls"));
         check("/bin//busybox", "/bin/busybox", None);
         check("./busybox", "/bin/busybox", None);

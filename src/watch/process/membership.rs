@@ -1,4 +1,7 @@
-//! Processes that may belong to a session: what is kept of them until that is known.
+//! Keeps what is needed of a process that may belong to a session, until that is known.
+//!
+//! It stores a handle of the process with the thread `sessions`, and its program with
+//! `arguments`. In containers without sessions it does nothing.
 
 use std::sync::Arc;
 
@@ -10,7 +13,7 @@ use super::shared::Processes;
 use crate::sys::procfs::Stat;
 use crate::watch::core::watched::Watched;
 
-/// Keeps a handle of a process that may be a session's: how it ends may be asked for.
+/// Keeps a handle of a process that may belong to a session: its exit status may be needed.
 pub(crate) fn keep_handle(shared: &Processes, watched: &Arc<Watched>, caller: &Caller) {
     if !watched.has_sessions() {
         return;
@@ -21,8 +24,8 @@ pub(crate) fn keep_handle(shared: &Processes, watched: &Arc<Watched>, caller: &C
     }
 }
 
-/// Whether a process is known to belong to a session. Its birth may not have been read
-/// yet, its parent's has.
+/// Whether a process is known to belong to a session. The record of its birth may not have
+/// been read yet; that of its parent's birth has.
 pub(crate) fn is_in_session(shared: &Processes, watched: &Watched, caller: &Stat) -> bool {
     if !watched.has_sessions() {
         return false;
@@ -32,16 +35,17 @@ pub(crate) fn is_in_session(shared: &Processes, watched: &Watched, caller: &Stat
     of(caller.identity.pid).or_else(|| of(caller.parent)).is_some()
 }
 
-/// Keeps with what words a process has become a program that the gate was asked about.
+/// Keeps the program and arguments of a process after an execve that the gate was asked
+/// about.
 pub(crate) fn keep_words(
     shared: &Processes,
     watched: &Watched,
     caller: &Caller,
-    words: Option<Words>,
+    read: Option<Words>,
 ) {
-    if let (Some(asked), Some(words)) = (caller.asked, words)
+    if let (Some(asked), Some(read)) = (caller.asked, read)
         && watched.has_sessions()
     {
-        shared.arguments().found(caller.pid, asked, words);
+        shared.arguments().found(caller.pid, asked, read);
     }
 }

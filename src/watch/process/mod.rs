@@ -1,7 +1,8 @@
-//! Processes as the watchers know them: their descriptions, their descent, their
-//! arguments, and to which session or container they belong.
+//! Describes processes: their programs and arguments, their descent, and the session and the
+//! container to which they belong.
 //!
-//! It knows `core` alone.
+//! It uses only `core`. The wings above fill it from the kernel's records and the gate's
+//! events, and ask it.
 
 pub(crate) mod activity;
 pub(crate) mod arguments;

@@ -1,4 +1,7 @@
-//! A process as an event names it: by a number, at a time.
+//! A process as an event names it: by a pid, at a time.
+//!
+//! A pid alone is not enough, because the kernel reuses it. This file also converts between
+//! the daemon's clock ticks and the clock of the kernel's records.
 
 use crate::sys::{perf, procfs};
 
@@ -16,8 +19,8 @@ impl Named {
     }
 }
 
-/// The same by the clock of the kernel's records. What happened within the clock tick
-/// counts.
+/// The time of `read_at` by the clock of the kernel's records. Events within the same clock
+/// tick count as earlier.
 pub(crate) fn record_time_of(read_at: u64) -> u64 {
     let ticks = procfs::ticks_since_boot().saturating_sub(read_at).saturating_sub(1);
     let age = procfs::time_of_ticks(ticks);

@@ -1,4 +1,7 @@
-//! The processes of a container, and files as one of them reaches them.
+//! Lists the processes of a container, and opens files as one of its processes reaches them.
+//!
+//! It reads /proc and keeps nothing. A file is opened only if that cannot wait for another
+//! process (`sys::door`).
 
 use std::os::fd::OwnedFd;
 
@@ -6,7 +9,7 @@ use crate::sys::door::{self, Held, Way};
 use crate::sys::procfs::{self, Handle};
 use crate::watch::core::watched::Watched;
 
-/// The processes of a container, as far as its namespaces tell.
+/// The processes of a container, by its namespaces.
 pub(crate) fn processes_of(watched: &Watched) -> Vec<Handle> {
     let namespace = watched.pid_namespace.filter(|_| watched.has_namespaces());
     let Some(namespace) = namespace else { return Vec::new() };
@@ -20,7 +23,7 @@ pub(crate) fn processes_of(watched: &Watched) -> Vec<Handle> {
         .collect()
 }
 
-/// Looks up a name as a process does whose root is that of `handle`.
+/// Opens a name in the root directory of `handle`'s process.
 pub(crate) fn open_in(watched: &Watched, handle: &Handle, name: &[u8]) -> Option<OwnedFd> {
     let view = watched.view([handle]);
     match door::walk(handle.open_root().ok()?, None, name, &view) {

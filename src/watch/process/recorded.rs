@@ -1,4 +1,8 @@
-//! What the kernel's records say of an execution, waited for where that is worth it.
+//! Answers what the kernel's records show of an execution, and waits for records that are not
+//! read yet.
+//!
+//! Each wait is short and bounded, and shorter if other executions wait. `arguments` keeps
+//! the records; the threads that describe executions ask. It never reads a process's memory.
 
 use std::time::Duration;
 
@@ -7,19 +11,19 @@ use super::describe::{self, PATIENCE, PATIENCE_WHEN_IDLE, STEP};
 use super::shared::Processes;
 use crate::sys::{perf, procfs};
 
-/// For how long after the question the kernel's records of an execve are waited for.
+/// How long driftd waits for the records of an execve, counted from the gate's request on.
 pub(crate) const PATIENCE_FOR_RECORDS: Duration = Duration::from_millis(20);
 
-/// With what arguments a process has become a program that the gate was asked about, by
-/// the kernel's records: of one that had ended before /proc was read. Waits until they
-/// have been read, but not for long if `others_wait`. Counted from the question on, so
-/// that of many who wait each one has been waited for with the others.
+/// The arguments of an execution that the gate was asked about, by the kernel's records: for
+/// a process that had ended before /proc was read. Waits until the records have been read,
+/// but not for long if `others_wait`. The wait is counted from the gate's request on, so that
+/// the waits for many executions overlap.
 pub(crate) fn recorded_arguments(
     shared: &Processes,
     (pid, asked): (u32, Option<u64>),
     others_wait: &dyn Fn() -> bool,
 ) -> Option<Vec<String>> {
-    // Of a process that is not visible in our pid namespace there are no records either.
+    // A process that is not visible in the daemon's pid namespace has no records either.
     let asked = asked.filter(|_| pid != 0 && shared.records_arguments())?;
     let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
     loop {
@@ -37,9 +41,9 @@ pub(crate) fn recorded_arguments(
     }
 }
 
-/// By what path a process has become a program that the gate was asked about, by the same
-/// records. Its own memory is not read for it: a container can put there what is read from
-/// a filesystem of its own.
+/// The path of an execution that the gate was asked about, by the same records. The process's
+/// own memory is not read for it: a container can map a file there that is read from a
+/// filesystem which it serves itself.
 pub(crate) fn recorded_name(
     shared: &Processes,
     (pid, asked): (u32, Option<u64>),
@@ -76,7 +80,7 @@ pub(crate) fn wait_for_records(
     }
 }
 
-/// The same without waiting: of the first execve between two times.
+/// The recorded arguments of the first execve between two times, without waiting.
 pub(crate) fn recorded(
     shared: &Processes,
     pid: u32,
@@ -89,17 +93,18 @@ pub(crate) fn recorded(
     }
 }
 
-/// What was read of the program that a process has become, at the gate's question.
+/// The arguments that were read of a process after its execve at `time`, because the gate was
+/// asked about it.
 pub(crate) fn found(
     shared: &Processes,
     (pid, time): (u32, u64),
     exe: Option<&[u8]>,
 ) -> Option<Vec<String>> {
     let arguments = shared.arguments();
-    let words = arguments.found_of(pid, time)?;
-    // A process may have gone on to another program before anything was read.
-    let is_it = words.exe.is_none() || exe.is_none_or(|exe| words.exe == Some(describe::text(exe)));
-    is_it.then(|| words.argv.clone())
+    let read = arguments.found_of(pid, time)?;
+    // The process may have become yet another program before it was read.
+    let is_it = read.exe.is_none() || exe.is_none_or(|exe| read.exe == Some(describe::text(exe)));
+    is_it.then(|| read.argv.clone())
 }
 
 pub(crate) fn listed(arguments: &[u8]) -> Option<Vec<String>> {

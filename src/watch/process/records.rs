@@ -1,4 +1,7 @@
-//! What is made of the kernel's records beside the trace itself, and their times.
+//! The interface to consumers of the kernel's records, and conversions of the records' times.
+//!
+//! The thread `trace` (`exec::trace`) reads the records and calls each [`TraceConsumer`].
+//! The wings above implement it. A consumer must never block that thread.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,16 +13,16 @@ use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs;
 use crate::watch::core::watched::Watched;
 
-/// What else is made of the records, in the order of their times. It is called on
-/// the thread that reads the rings and must be quick: what it does not do at once,
-/// it hands to a thread of its own by a bounded channel.
+/// A consumer of the records, in the order of their times. It is called on the thread that
+/// reads the rings and must be quick: it hands longer work to a thread of its own by a bounded
+/// channel.
 pub(crate) trait TraceConsumer: Send {
-    /// A process of a container has made another. `home` is that container where it is
-    /// certain: the parent may also be of the host and run a file of the container's.
+    /// A process of a container has created another. `home` is that container if it is
+    /// certain: the parent may also be a host process that runs a file of the container.
     fn forked(&mut self, _: &Processes, _home: Option<&Arc<Watched>>, _pid: u32, _parent: u32) {}
 
-    /// A process of a container has become a program. `program` is the file that
-    /// was mapped first: of a script, its interpreter. `None` if it was not seen.
+    /// A process of a container has executed a program. `program` is the file that was mapped
+    /// first: for a script, its interpreter. `None` if it was not seen.
     fn executed(
         &mut self,
         shared: &Processes,
@@ -28,25 +31,24 @@ pub(crate) trait TraceConsumer: Send {
         program: Option<&Mapped>,
     );
 
-    /// A process of the host's has become a program that is called like a container
-    /// runtime.
+    /// A process of the host has executed a program with the name of a container runtime.
     fn runtime_called(&mut self, _: &Processes, _pid: u32) {}
 
-    /// A process of a container has become a program, and who made it is in none.
+    /// A process of a container has executed a program, and its creator is in no container.
     fn entered(&mut self, _: &Processes, _: &Arc<Watched>, _: &Executed) {}
 
-    /// A process of a container has mapped code of a file after its execve was over,
-    /// so neither its program nor its dynamic linker.
+    /// A process of a container has mapped code of a file after its execve was over. So the
+    /// file is neither its program nor its dynamic linker.
     fn mapped(&mut self, _: &Processes, _: &Arc<Watched>, _: &Mapped) {}
 
-    /// A process has ended, of a container or not, at this time by the records' clock.
+    /// A process has ended, in a container or not, at this time by the records' clock.
     fn exited(&mut self, _: &Processes, _pid: u32, _time: u64) {}
 
-    /// The records that were there have been read. Called a few times a second, also
-    /// when there are none.
+    /// All available records have been read. Called a few times a second, even if there are
+    /// none.
     fn turn(&mut self, _: &Processes) {}
 
-    /// Records were lost: what is remembered of processes may be wrong.
+    /// Records were lost: what is known of processes may be wrong.
     fn lost(&mut self) {}
 }
 
@@ -65,13 +67,13 @@ pub(crate) fn descriptor(file_name: &[u8]) -> Option<u32> {
     str::from_utf8(rest).ok()?.parse().ok()
 }
 
-/// When this was, in clock ticks since boot.
+/// The time of a record, in clock ticks since boot.
 pub(crate) fn ticks_of(record: u64) -> u64 {
     let age = Duration::from_nanos(perf::now().saturating_sub(record));
     procfs::ticks_since_boot().saturating_sub(procfs::ticks_in(age))
 }
 
-/// When something happened, by a record's time.
+/// The time of a record, as a timestamp.
 pub(crate) fn time_of(record: u64) -> Timestamp {
     let age = perf::now().saturating_sub(record);
     let age = SignedDuration::from_nanos(i64::try_from(age).unwrap_or(0));

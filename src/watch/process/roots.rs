@@ -1,4 +1,9 @@
-//! Open sessions by their first processes, and whose session a process belongs to.
+//! The sessions by their first processes, and the session of each process.
+//!
+//! A process belongs to a session by descent, by the kernel's records, or because a client is
+//! at the terminal of the container's init. The thread of the trace and the wing `sessions`
+//! fill it; it reads nothing itself. It keeps sessions that are over too, because the
+//! processes that they have left behind may run on. All of it is bounded.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -9,42 +14,41 @@ use super::births::Births;
 use super::named::Named;
 use crate::model::{ContainerId, ProcessIdentity};
 
-/// How many sessions are followed at once. Of more, what they do is known by their
-/// processes' living parents only.
+/// How many sessions are followed at once. The processes of further sessions are found only
+/// by their living parents.
 const MAX_ROOTS: usize = 8 * 1024;
-/// How many of their processes.
+/// How many processes of sessions are remembered.
 const MAX_MEMBERS: usize = 64 * 1024;
-/// How long one that has ended is remembered, in clock ticks, of which Linux tells a
-/// hundred a second.
+/// How long an ended process is remembered, in clock ticks: Linux reports a hundred a second.
 const KEPT: u64 = 15 * 100;
 /// How far births are followed.
 const MAX_GENERATIONS: usize = 256;
 
-/// The first processes of sessions, also of those that are over while what they have
-/// left behind may run on.
+/// The first processes of sessions. Sessions that are over are included, because the
+/// processes that they have left behind may run on.
 #[derive(Debug, Default)]
 pub(crate) struct Roots {
     roots: HashMap<ProcessIdentity, Root>,
-    /// Which of them has a number now, or had it last.
+    /// The first process that has a pid now, or had it last.
     numbers: HashMap<u32, ProcessIdentity>,
-    /// Processes whose end is recorded, and when, in clock ticks since boot: a session
-    /// may be opened after the end of its first process has been read.
+    /// Processes whose end is recorded, and when, in clock ticks since boot: a session may be
+    /// opened after the end of its first process has been read.
     exits: HashMap<u32, u64>,
     exits_in_order: VecDeque<u32>,
-    /// Moves with each session that opens.
+    /// Counts the sessions that were opened.
     opened: u64,
-    /// Who was born in one.
+    /// Processes that were born in a session.
     members: HashMap<u32, Member>,
-    /// Those of them that have ended, and when, in clock ticks since boot.
+    /// Members that have ended, and when, in clock ticks since boot.
     ended: VecDeque<(u64, u32)>,
-    /// Who is, or was last, at the terminals of containers' inits, by those.
+    /// The present or last session at the terminal of a container's init, by init's pid.
     terminals: HashMap<u32, Terminal>,
-    /// Processes that came from outside, by the kernel's records: as long as the gate's
-    /// question of one may wait to be looked at.
+    /// Processes that came from outside, by the kernel's records. They are kept as long as a
+    /// request of the gate about one may wait to be examined.
     arrivals: VecDeque<Arrived>,
 }
 
-/// A process that came from outside has become a program in a container.
+/// A process from outside has executed a program in a container.
 #[derive(Clone, Debug)]
 pub(crate) struct Arrived {
     pub(crate) container: ContainerId,
@@ -58,7 +62,7 @@ pub(crate) struct Arrived {
     pub(crate) makers: Arc<[Maker]>,
 }
 
-/// A process that has made another one, by the kernel's records.
+/// A process that has created another one, by the kernel's records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Maker {
     pub(crate) pid: u32,
@@ -67,13 +71,13 @@ pub(crate) struct Maker {
 }
 
 impl Arrived {
-    /// Unknown if it is in another one: that may be below the container's.
+    /// `None` if the process is in another control group: that may be below the container's.
     pub(crate) fn in_control_group(&self) -> Option<bool> {
         self.is_in_control_group.then_some(true)
     }
 }
 
-/// Ends of processes that are remembered.
+/// How many ends of processes are remembered.
 const MAX_EXITS: usize = 16 * 1024;
 /// A birth is recorded within the clock tick of its start time, or the next.
 const TICK: u64 = 1;
@@ -81,8 +85,8 @@ const TICK: u64 = 1;
 /// How many arrivals are remembered.
 const MAX_ARRIVALS: usize = 1024;
 
-/// Somebody at the terminal of a container's init. What he has done is done by init,
-/// and by whom that makes meanwhile.
+/// A session at the terminal of a container's init. Its commands are executed by init, and by
+/// the processes that init creates meanwhile.
 #[derive(Debug)]
 struct Terminal {
     container: ContainerId,
@@ -91,12 +95,12 @@ struct Terminal {
     has_left: bool,
 }
 
-/// A session that began by coming to a terminal.
+/// A session that began when a client attached to a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Arrival {
     pub(crate) session: ProcessIdentity,
     pub(crate) at: Timestamp,
-    /// The same in clock ticks since boot: whoever is born later may be its.
+    /// The same in clock ticks since boot: processes that are born later may belong to it.
     pub(crate) ticks: u64,
 }
 
@@ -112,7 +116,7 @@ struct Member {
 struct Root {
     container: ContainerId,
     identity: ProcessIdentity,
-    /// In the order of their opening.
+    /// The sessions are numbered in the order in which they opened.
     number: u64,
     /// By the kernel's records.
     has_ended: bool,
@@ -126,8 +130,8 @@ impl Roots {
         self.arrivals.push_back(arrived);
     }
 
-    /// How a process came from outside that executed something after `since`, by the
-    /// records' clock.
+    /// The arrival of a process from outside that executed something after `since`, by the
+    /// clock of the kernel's records.
     pub(crate) fn arrival(
         &self,
         container: &ContainerId,
@@ -139,7 +143,7 @@ impl Roots {
         })
     }
 
-    /// False if it is open already.
+    /// Opens a session; false if it is open already.
     pub(crate) fn open(&mut self, container: &ContainerId, identity: ProcessIdentity) -> bool {
         if self.is_open(identity) {
             return false;
@@ -167,9 +171,9 @@ impl Roots {
         }
     }
 
-    /// A process was born at that time, in clock ticks since boot, of a container or not:
-    /// another process that had its number before is over. Its session keeps what it has
-    /// left behind, and takes nothing of the new one.
+    /// A process was born at this time, in clock ticks since boot, in a container or not. An
+    /// earlier process with its pid has ended. That one's session keeps the processes that it
+    /// has left behind, and does not get those of the new process.
     pub(crate) fn reborn(&mut self, pid: u32, born: u64) {
         let is_older = |identity: &ProcessIdentity| identity.start_time + TICK < born;
         if self.numbers.get(&pid).is_some_and(is_older) {
@@ -185,20 +189,20 @@ impl Roots {
         self.roots.contains_key(&identity)
     }
 
-    /// The session that a process has opened of which no end is recorded. Who has this
-    /// number now may be another one.
+    /// The session that a process has opened, unless the end of that process is recorded:
+    /// then another process may have the pid.
     pub(crate) fn opened_by(&self, pid: u32) -> Option<(&ContainerId, ProcessIdentity)> {
         let root = self.roots.get(self.numbers.get(&pid)?).filter(|root| !root.has_ended)?;
         Some((&root.container, root.identity))
     }
 
-    /// How many have been opened so far.
+    /// How many sessions have been opened so far.
     pub(crate) fn opened(&self) -> u64 {
         self.opened
     }
 
-    /// The session of a process: the nearest of its parents, or itself, that is the
-    /// first one of a session.
+    /// The session of a process: that of its nearest ancestor, or of the process itself, that
+    /// is the first process of a session, a member of one, or at a terminal.
     pub(crate) fn of(
         &self,
         container: &ContainerId,
@@ -219,7 +223,8 @@ impl Roots {
             |pid: u32| self.terminals.get(&pid).filter(|terminal| terminal.container == *container);
         let member = |pid: u32| {
             let session = self.members.get(&pid)?.session;
-            // Of a terminal also an earlier session: what that has left behind is its own.
+            // At a terminal, an earlier session counts too: it keeps the processes that it
+            // has left behind.
             let was_at_terminal = || at_terminal(session.pid).map(|_| session);
             by_identity(session).or_else(was_at_terminal)
         };
@@ -230,7 +235,7 @@ impl Roots {
                 return Some(session);
             }
             if let Some(Terminal { arrival, has_left, .. }) = at_terminal(pid) {
-                // Whom it had made before is nobody's.
+                // Processes that it created before belong to no session.
                 let is_made_meanwhile = child.is_none_or(|child| {
                     births.read_at(child).is_some_and(|read_at| read_at >= arrival.ticks)
                 });
@@ -241,7 +246,7 @@ impl Roots {
         None
     }
 
-    /// Somebody has come to the terminal of a container's init.
+    /// A client has attached to the terminal of a container's init.
     pub(crate) fn came_to_terminal(
         &mut self,
         container: &ContainerId,
@@ -254,20 +259,20 @@ impl Roots {
         self.opened += 1;
     }
 
-    /// Who is at the terminal of a container's init.
+    /// The session that is at the terminal of a container's init.
     pub(crate) fn at_terminal(&self, init: ProcessIdentity) -> Option<Arrival> {
         let terminal = self.terminals.get(&init.pid)?;
         (terminal.init == init && !terminal.has_left).then_some(terminal.arrival)
     }
 
-    /// Nobody is there any more. What was begun goes on.
+    /// The session has left its terminal. What it has begun continues.
     pub(crate) fn left_terminal(&mut self, session: ProcessIdentity) {
         for terminal in self.terminals.values_mut() {
             terminal.has_left |= terminal.arrival.session == session;
         }
     }
 
-    /// A process of a container has made another one.
+    /// A process of a container has created another one.
     pub(crate) fn born(&mut self, pid: u32, parent: u32, born: u64) {
         let root = self.numbers.get(&parent).copied();
         let at_terminal = || {
@@ -280,14 +285,15 @@ impl Roots {
             Some(session) if self.members.len() < MAX_MEMBERS => {
                 self.members.insert(pid, Member { session, born });
             }
-            // Whoever had this number is gone.
+            // An earlier process with this pid has ended.
             Some(_) | None => {
                 self.members.remove(&pid);
             }
         }
     }
 
-    /// A process has ended. What it has written is told later.
+    /// A process has ended. It is remembered for a while, because its writes are reported
+    /// later.
     pub(crate) fn ended(&mut self, pid: u32, now: u64) {
         if self.exits.insert(pid, now).is_none() {
             self.exits_in_order.push_back(pid);
@@ -309,7 +315,7 @@ impl Roots {
             && ended + KEPT < now
         {
             self.ended.pop_front();
-            // Not of another process that has the number by now.
+            // Another process may have the pid by now.
             if self.members.get(&pid).is_some_and(|member| member.born <= ended) {
                 self.members.remove(&pid);
             }
@@ -329,7 +335,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_first_process_names_the_session() {
+    fn the_nearest_first_process_decides_the_session() {
         let container = ContainerId::new("default", "c1");
         let identity = |pid| ProcessIdentity { pid, start_time: 5 };
         let mut births = Births::default();
@@ -342,7 +348,7 @@ mod tests {
         let of = |roots: &Roots, pid| roots.of(&container, &births, Named { pid, read_at: 12 });
         assert_eq!(of(&roots, 5), None);
         assert!(roots.open(&container, identity(2)));
-        assert!(!roots.open(&container, identity(2)), "it is the same one");
+        assert!(!roots.open(&container, identity(2)), "it is open already");
         assert_eq!(of(&roots, 2), Some(identity(2)));
         assert_eq!(of(&roots, 5), Some(identity(2)));
         assert_eq!(of(&roots, 9), None);
@@ -356,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn h03_who_came_from_outside_is_known_by_the_record_of_it() {
+    fn h03_a_process_from_outside_is_known_by_its_record() {
         let container = |id| ContainerId::new("default", id);
         let makers: Arc<[Maker]> = Arc::new([Maker { pid: 6, exe: None }]);
         let arrived = |id, pid, executed| Arrived {
@@ -387,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn w01_a_closed_session_takes_nothing_of_a_process_that_has_its_number() {
+    fn w01_a_closed_session_gets_nothing_of_a_process_that_reuses_its_pid() {
         let container = ContainerId::new("default", "c1");
         let first = ProcessIdentity { pid: 7, start_time: 10 };
         let births = Births::default();
@@ -399,13 +405,13 @@ mod tests {
         let of = |roots: &Roots, pid| roots.of(&container, &births, Named { pid, read_at: 5000 });
         assert_eq!([7, 8].map(|pid| of(&roots, pid)), [Some(first); 2]);
         roots.ended(7, 20);
-        assert_eq!(of(&roots, 7), Some(first), "what it has written is its own");
+        assert_eq!(of(&roots, 7), Some(first), "its writes still belong to its session");
         roots.reborn(7, 4000);
         assert_eq!(of(&roots, 7), None);
         assert_eq!(of(&roots, 8), Some(first), "it is still running");
         roots.born(9, 7, 4001);
         assert_eq!(of(&roots, 9), None);
-        // The new one opens a session, too.
+        // The new process opens a session too.
         let second = ProcessIdentity { pid: 7, start_time: 4000 };
         roots.open(&container, second);
         assert_eq!([7, 8].map(|pid| of(&roots, pid)), [Some(second), Some(first)]);
@@ -421,7 +427,7 @@ mod tests {
         roots.open(&container, ProcessIdentity { pid: 7, start_time: 10 });
         assert_eq!(roots.opened_by(7), None);
         roots.open(&container, ProcessIdentity { pid: 7, start_time: 30 });
-        assert!(roots.opened_by(7).is_some(), "another one with its number");
+        assert!(roots.opened_by(7).is_some(), "another process with its pid");
         for pid in 0..2 * u32::try_from(MAX_EXITS).unwrap() {
             roots.ended(1000 + pid, 40);
         }
@@ -429,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_ended_is_nobodys_opener() {
+    fn a_process_that_has_ended_is_the_opener_of_no_session() {
         let (container, identity) =
             (ContainerId::new("default", "c1"), ProcessIdentity { pid: 7, start_time: 1 });
         let mut roots = Roots::default();
@@ -441,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn what_init_does_while_somebody_is_at_its_terminal_is_his() {
+    fn init_belongs_to_the_session_that_is_at_its_terminal() {
         let container = ContainerId::new("default", "c1");
         let init = ProcessIdentity { pid: 2, start_time: 1 };
         let arrival = |ticks| Arrival {
@@ -456,7 +462,7 @@ mod tests {
             roots.born(pid, parent, read_at);
         };
         born(&mut births, &mut roots, 3, 2, 10);
-        // Its record was read before it was known that somebody had come.
+        // Its record was read before the attachment was known.
         born(&mut births, &mut roots, 4, 2, 20);
         let first = arrival(20);
         roots.came_to_terminal(&container, init, first);
@@ -471,15 +477,15 @@ mod tests {
         let of = |roots: &Roots, pid| {
             roots.of(&container, &births, Named { pid, read_at: 50 }).map(|root| root.start_time)
         };
-        assert_eq!(of(&roots, 2), None, "he has left");
-        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "and left them behind");
+        assert_eq!(of(&roots, 2), None, "the client has left");
+        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "they are left behind");
         assert_eq!([3, 7, 8].map(|pid| of(&roots, pid)), [None; 3]);
 
         let second = arrival(30);
         roots.came_to_terminal(&container, init, second);
         assert_eq!(roots.at_terminal(init), Some(second));
         assert_eq!([2, 8].map(|pid| of(&roots, pid)), [Some(30); 2]);
-        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "still the first one's");
+        assert_eq!([5, 6, 9].map(|pid| of(&roots, pid)), [Some(20); 3], "of the first session");
         assert_eq!([3, 4, 7].map(|pid| of(&roots, pid)), [None; 3]);
         let other = ContainerId::new("default", "c2");
         assert_eq!(roots.of(&other, &births, Named { pid: 8, read_at: 50 }), None);
@@ -501,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_is_forgotten_when_there_are_too_many() {
+    fn the_oldest_session_is_forgotten_when_there_are_too_many() {
         let container = ContainerId::new("default", "c1");
         let births = Births::default();
         let mut roots = Roots::default();

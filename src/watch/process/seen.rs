@@ -1,4 +1,6 @@
-//! A process that was seen executing something, for the thread that judges processes.
+//! A process that was seen executing a file: an item of the queue to the thread `processes`.
+//!
+//! The gate's thread and the trace send it. This file holds only the type.
 
 use std::sync::Arc;
 
@@ -14,11 +16,11 @@ use crate::watch::core::watched::Watched;
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) watched: Arc<Watched>,
-    /// Before it became the program, or, if nobody had to be asked, after that: then
-    /// its `stat` is `None`.
+    /// As it was before it became the program. If the gate was not asked, the event comes
+    /// after that, and `stat` is `None`.
     pub(crate) caller: Caller,
     pub(crate) at: Timestamp,
-    /// What the kernel has recorded that it runs, where that may be a package manager.
+    /// The program that the kernel has recorded, if it may be a package manager.
     pub(crate) program: Option<Mapped>,
 }
 

@@ -1,7 +1,8 @@
-//! What the threads share of processes, and observations: each one says in which session
-//! it was made.
+//! The value that the threads share about processes: births, arguments, sessions, and the
+//! channel to the thread `sessions`. It carries [`Core`].
 //!
-//! It carries the core, so that whoever has it has that too.
+//! It also makes observations and sends them to the pipeline: each observation names the
+//! session to which it belongs. A lock here must not be held while something waits.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,11 +27,11 @@ use crate::watch::core::watched::Watched;
 /// How many parents of a process are described by the kernel's records.
 const MAX_RECORDED_PARENTS: usize = 16;
 
-/// What is known of processes, for all containers.
+/// The shared knowledge of processes, for all containers.
 pub(crate) struct Processes {
     pub(crate) core: Arc<Core>,
     roots: Mutex<Roots>,
-    acts: Sender<Box<Act>>,
+    activity: Sender<Box<Act>>,
     arguments: Mutex<Arguments>,
     births: Mutex<Births>,
     records_executions: AtomicBool,
@@ -46,11 +47,11 @@ impl Deref for Processes {
 }
 
 impl Processes {
-    pub(crate) fn new(core: Arc<Core>, acts: Sender<Box<Act>>) -> Processes {
+    pub(crate) fn new(core: Arc<Core>, activity: Sender<Box<Act>>) -> Processes {
         Processes {
             core,
             roots: Mutex::default(),
-            acts,
+            activity,
             arguments: Mutex::default(),
             births: Mutex::default(),
             records_executions: AtomicBool::new(false),
@@ -60,11 +61,11 @@ impl Processes {
 
     pub(crate) fn stop(&self) {
         self.core.begin_stop();
-        // Full, its reader is awake.
-        let _ = self.acts.try_send(Box::new(Act::End));
+        // If the channel is full, its reader is awake.
+        let _ = self.activity.try_send(Box::new(Act::End));
     }
 
-    /// The kernel records every execution for us.
+    /// The kernel records every execution for the daemon.
     pub(crate) fn set_records(&self) {
         self.records_executions.store(true, Ordering::Release);
     }
@@ -73,7 +74,7 @@ impl Processes {
         self.records_executions.load(Ordering::Acquire)
     }
 
-    /// The kernel records arguments for us.
+    /// The kernel records arguments for the daemon.
     pub(crate) fn set_records_arguments(&self) {
         self.records_arguments.store(true, Ordering::Release);
     }
@@ -82,11 +83,11 @@ impl Processes {
         self.records_arguments.load(Ordering::Acquire)
     }
 
-    /// Adds what the kernel's records say of a process that had ended, or was ending, when
-    /// it was looked at.
+    /// Completes the description of a process that had ended, or was ending, when it was read:
+    /// by the kernel's records.
     pub(crate) fn complete(&self, named: Named, mut known: Process) -> Process {
         let Some(recorded) = self.recorded_process(named) else { return known };
-        // What was read while it was ending is of the same program, or of none.
+        // What was read while it was ending belongs to the same program, or is missing.
         if known.exe.is_none() || known.exe == recorded.exe {
             known.exe = recorded.exe;
             known.argv = known.argv.or(recorded.argv);
@@ -119,7 +120,7 @@ impl Processes {
             pids.iter().map(|pid| arguments.running(*pid, at)).collect()
         };
         if programs.iter().all(Option::is_none) {
-            // What they run was executed before the container was watched.
+            // Their programs were executed before the container was watched.
             let unrecorded = |pid: &u32| self.unrecorded_program(Named { pid: *pid, ..named }, at);
             for (program, pid) in programs.iter_mut().zip(&pids) {
                 *program = unrecorded(pid);
@@ -128,7 +129,7 @@ impl Processes {
                 }
             }
         }
-        // One that has executed nothing runs what its parent does.
+        // A process that has executed nothing runs its parent's program.
         let of = |index: usize| programs[index..].iter().flatten().next().cloned();
         let identity = |pid| ProcessIdentity { pid, start_time: 0 };
         let Program { exe, argv } = of(0)?;
@@ -147,7 +148,7 @@ impl Processes {
         })
     }
 
-    /// What a container's process runs that was there at a time, and has executed nothing
+    /// The program of a container's process that existed at a time and has executed nothing
     /// since.
     fn unrecorded_program(&self, named: Named, at: u64) -> Option<Program> {
         let handle = Handle::open(named.pid).ok()?;
@@ -158,7 +159,7 @@ impl Processes {
             return None;
         }
         let Ancestor { exe, argv, .. } = describe::ancestor(&handle);
-        // Asked last: an execve meanwhile is recorded by then, or was read as no program.
+        // Checked last: an execve meanwhile is recorded by now, or no program was read.
         let has_executed = self.arguments().of(named.pid, at, u64::MAX) != Recorded::NotYet;
         (exe.is_some() && !has_executed).then_some(Program { exe, argv })
     }
@@ -167,7 +168,7 @@ impl Processes {
         self.births.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was seen, and in which session it was done.
+    /// Makes an observation of a fact, with the session to which it belongs.
     pub(crate) fn observation(
         &self,
         watched: &Watched,
@@ -204,29 +205,30 @@ impl Processes {
         self.roots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the thread that keeps an eye on sessions, without ever waiting.
-    pub(crate) fn act(&self, watched: &Arc<Watched>, act: Act) {
-        match self.acts.try_send(Box::new(act)) {
+    /// Sends session activity to the thread `sessions`, and never waits.
+    pub(crate) fn act(&self, watched: &Arc<Watched>, activity: Act) {
+        match self.activity.try_send(Box::new(activity)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(_)) => self.lose(
                 Failure::ProcessQueueFull,
                 Some(watched),
-                "too many acts of sessions wait to be looked at",
+                "the queue of session activity is full",
             ),
         }
     }
 
-    /// With what arguments processes have become programs.
+    /// The recorded executions of processes, with their arguments.
     pub(crate) fn arguments(&self) -> MutexGuard<'_, Arguments> {
         self.arguments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A runtime was called; without room it is asked when a session opens.
+    /// A runtime was invoked. If there is no room, its invocation is read when a session
+    /// opens.
     pub(crate) fn note_runtime(&self, pid: u32) {
-        let _ = self.acts.try_send(Box::new(Act::Runtime { pid }));
+        let _ = self.activity.try_send(Box::new(Act::Runtime { pid }));
     }
 
-    /// Hands an observation on without ever waiting; false if it was lost.
+    /// Sends an observation and never waits; false if it was lost.
     pub(crate) fn observe(
         &self,
         watched: &Arc<Watched>,
@@ -237,8 +239,8 @@ impl Processes {
         self.observe_file_of(watched, None, at, source, fact)
     }
 
-    /// The same of a file that lies in the root of another container, if `file_of` is
-    /// one.
+    /// Like [`observe`](Processes::observe), for a file in the root of the container
+    /// `file_of`, if that is another one.
     pub(crate) fn observe_file_of(
         &self,
         watched: &Arc<Watched>,
@@ -261,7 +263,7 @@ impl Processes {
         }
     }
 
-    /// Hands an observation on and waits for room, for the scan thread only.
+    /// Sends an observation and waits for room, for the scan thread only.
     pub(crate) fn observe_patiently(
         &self,
         watched: &Arc<Watched>,
