@@ -1,4 +1,8 @@
-//! The thread that takes the events of changed names, and notes which paths changed.
+//! The thread `names`: reads the events of changed names and notes the changed paths.
+//!
+//! Events of terminal FIFOs go to `inputs`; `names` finds the path of all others. The paths
+//! go to `dirty`, with the writer where only this event names it. No file is examined here:
+//! the thread `scan` does that when the path has settled.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,8 +16,8 @@ use crate::model::Source;
 use crate::sys::fanotify::{Buffer, DecodedName, ReadError};
 use crate::threads;
 
-/// What comes within this time is read at once: the kernel merges what happens to
-/// one name until it is read.
+/// Pause between reads. Until an event is read, the kernel merges later events of the same
+/// name into it.
 const REST: Duration = Duration::from_millis(20);
 
 /// Takes events until the watchers stop.
@@ -29,7 +33,7 @@ pub(crate) fn run(shared: &Files) {
                     break;
                 }
                 Err(err) => {
-                    let detail = format!("a changed name is lost: {err}");
+                    let detail = format!("an event of a changed name was lost: {err}");
                     shared.lose(Failure::EventUnreadable, None, &detail);
                     break;
                 }
@@ -43,7 +47,7 @@ pub(crate) fn run(shared: &Files) {
 }
 
 fn take(shared: &Files, events: Vec<DecodedName>) {
-    // Whoever unpacks an archive changes thousands of names.
+    // A process that unpacks an archive changes thousands of names: describe it once.
     let mut writers: HashMap<u32, Writer> = HashMap::new();
     for event in events {
         match event {
@@ -54,10 +58,10 @@ fn take(shared: &Files, events: Vec<DecodedName>) {
                     shared.dirty.mark_for_sweep(&watched);
                     continue;
                 };
-                // Whoever writes is told by the change feed.
-                let is_telling = named.mask & (libc::FAN_ATTRIB | libc::FAN_MOVED_TO) != 0
+                // The change feed reports the writers of content.
+                let names_writer = named.mask & (libc::FAN_ATTRIB | libc::FAN_MOVED_TO) != 0
                     && named.mask & libc::FAN_ONDIR == 0;
-                let writer = is_telling.then(|| {
+                let writer = names_writer.then(|| {
                     let found = || shared.writer(&watched, named.pid);
                     writers.entry(named.pid).or_insert_with(found).clone()
                 });
@@ -71,7 +75,7 @@ fn take(shared: &Files, events: Vec<DecodedName>) {
             DecodedName::Nameless { .. } => shared.lose(
                 Failure::EventUnreadable,
                 None,
-                "the kernel could not say which name has changed",
+                "the kernel reported a change without the name that changed",
             ),
         }
     }

@@ -1,13 +1,16 @@
-//! When the files of upper layers were closed by the last one of those who could write
-//! to them, and whether that was after they were executed.
+//! When the last writer of an upper layer's file closed it, and whether that was before or
+//! after an execution of the file.
 //!
 //! ```text
 //! walk ── directory ──> marks ──> kernel ──> log <── asked ── writable
 //! ```
 //!
-//! The kernel queues an event of closing before it takes back the right to write. So
-//! whoever finds that a file has no writer, and then reads the queue to its end, knows
-//! of every writer that there was before.
+//! The kernel queues the event of a closing before it revokes write access. So a thread that
+//! first finds that a file has no writer, and then reads the queue to its end, knows every
+//! earlier writer.
+//!
+//! This file owns the log of closings and executions. Walks mark the directories. `exec`
+//! asks about executed files and decides what the reply means for the time of check.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -19,15 +22,16 @@ use crate::sys::handle::FileHandle;
 use crate::sys::perf;
 use crate::watch::core::shared::Core;
 
-/// Files and directories that are remembered. Beyond that all are forgotten, and what
-/// happened until then is not known.
+/// Files and directories that are remembered. Beyond that all are forgotten, and earlier
+/// events count as unknown.
 const MOST: usize = 64 * 1024;
 
-/// How many readings of the queue are remembered with their time.
+/// How many reads of the queue are remembered with their time.
 const READINGS: usize = 256;
 
-/// So much at one time is many: then what comes within a while is read at once. What is
-/// read soon is told apart from what comes after it.
+/// After a read of at least `MANY` events, the thread pauses for `REST`, so that it reads more
+/// at once. After fewer it reads on immediately: events that are read early can be
+/// distinguished in time from those that follow.
 const MANY: u64 = 16;
 const REST: Duration = Duration::from_millis(2);
 
@@ -36,7 +40,7 @@ type Position = u64;
 
 #[derive(Debug)]
 pub(crate) struct Closings {
-    /// `None` where the kernel cannot.
+    /// `None` if the kernel does not support it.
     group: Option<closings::Closings>,
     log: Mutex<Log>,
 }
@@ -44,14 +48,14 @@ pub(crate) struct Closings {
 #[derive(Debug, Default)]
 struct Log {
     last: Position,
-    /// Whoever closed a file last.
+    /// The last closing of each file.
     closed: HashMap<FileHandle, Position>,
     executed: HashMap<(FileHandle, u32), Position>,
     /// Since when a directory is marked, by the clock of the kernel's records.
     directories: HashMap<FileHandle, u64>,
     /// When the queue was read to its end, and how far that was.
     readings: VecDeque<(u64, Position)>,
-    /// What happened up to this is not known.
+    /// Events up to this position are unknown.
     forgotten: Position,
 }
 
@@ -66,14 +70,14 @@ pub(crate) struct Executed<'a> {
     pub(crate) asked: u64,
 }
 
-/// What is known of the writers of an executed file that has none any more.
+/// What is known of the writers of an executed file that has none left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Writers {
-    /// One that was there when it was executed has gone since.
+    /// A writer that existed at the execution has closed the file since.
     pub(crate) has_gone: bool,
-    /// None may have gone since; `false` also where that is not known.
+    /// No writer can have closed it since; `false` also if that is unknown.
     pub(crate) none_since: bool,
-    /// The execution itself was told: without it the kernel tells nothing.
+    /// The kernel reported the execution. Without that event, nothing is known of it.
     pub(crate) was_told: bool,
 }
 
@@ -81,14 +85,14 @@ impl Closings {
     pub(crate) fn new() -> Closings {
         let group = closings::Closings::new()
             .inspect_err(|err| {
-                tracing::warn!("a writer that is gone at once is not seen: {err}");
+                tracing::warn!("short-lived writers of executed files will be missed: {err}");
             })
             .ok();
         Closings { group, log: Mutex::default() }
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
-        // What a panic leaves is a log that knows less.
+        // A panic leaves at worst a log that lacks events.
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -99,7 +103,7 @@ impl Closings {
         }
     }
 
-    /// The same of a directory whose handle is known.
+    /// Like [`listen`](Self::listen), for a directory whose handle is known.
     pub(crate) fn listen_to(&self, handle: FileHandle, directory: &OwnedFd) {
         let Some(group) = &self.group else { return };
         if self.log().directories.contains_key(&handle) || group.mark(directory.as_fd()).is_err() {
@@ -118,14 +122,14 @@ impl Closings {
         if let Ok(handle) = FileHandle::of(directory) {
             self.log().directories.remove(&handle);
         }
-        // Most errors say that there is no mark; it goes with the directory.
+        // Most errors mean that there is no mark. A mark ends with its directory.
         let _ = group.unmark(directory.as_fd());
     }
 
     /// Keeps the queue short until the watchers stop.
     pub(crate) fn run(&self, shared: &Core) {
         let Some(group) = &self.group else { return };
-        // Without CAP_SYS_NICE it runs like the others, and is late more often.
+        // Without CAP_SYS_NICE this thread has normal priority and is late more often.
         let _ = rustix::process::setpriority_process(None, -10);
         while !shared.is_stopping() {
             shared.wait_for(group, None);
@@ -144,7 +148,7 @@ impl Closings {
     fn read_all(&self, log: &mut Log) {
         let Some(group) = &self.group else { return };
         let mut buffer = vec![0; READ_BYTES];
-        // Whoever fills it as fast as it is read does not hold up the others.
+        // Bounded: a container that fills the queue as fast as it is read must not delay others.
         for _ in 0..64 {
             match group.read(&mut buffer) {
                 Ok(happened) => happened.into_iter().for_each(|happened| log.add(happened)),
@@ -160,7 +164,7 @@ impl Closings {
         }
     }
 
-    /// What is known of the writers of an executed file. Ask when it has none any more.
+    /// What is known of the writers of an executed file. Call it once the file has no writer.
     pub(crate) fn writers(&self, executed: &Executed<'_>) -> Writers {
         let mut log = self.log();
         self.read_all(&mut log);
@@ -182,7 +186,7 @@ impl Log {
             self.closed.insert(file.clone(), self.last);
         }
         if executed {
-            // Behind the closing: a process that executes a file lets go of its mappings.
+            // Placed after the closing: a process that executes a file drops its mappings first.
             self.last += 1;
             self.executed.insert((file, pid), self.last);
         }
@@ -194,7 +198,7 @@ impl Log {
         self.forgotten = self.last;
     }
 
-    /// The queue was empty at some time before this.
+    /// The queue was empty at some time before `now`.
     fn has_read_all(&mut self, now: u64) {
         if self.readings.len() >= READINGS {
             self.readings.pop_front();
@@ -205,9 +209,9 @@ impl Log {
     fn writers(&mut self, executed: &Executed<'_>) -> Writers {
         let Executed { file, directory, pid, asked } = *executed;
         let closed = self.closed.get(file).copied().unwrap_or(0);
-        // Its process may execute it again.
+        // Removed: its process may execute it again.
         let execution = self.executed.remove(&(file.clone(), pid));
-        // What had been read by then was before, and nothing was added to it later.
+        // The last read that ended before the gate was asked: its events are older.
         let before = self.readings.iter().rev().find(|(read, _)| *read <= asked);
         let was_marked = self.directories.get(directory).is_some_and(|since| *since <= asked);
         Writers {
@@ -227,9 +231,9 @@ mod tests {
         FileHandle::new(1, 1, name.as_bytes())
     }
 
-    /// Events of the file `f` by process and letter, `x` for executed, `c` for closed,
-    /// `?` for one that is not known; `|` where the queue was read to its end, one tick
-    /// after the other. It was asked about process 7 at tick `asked`.
+    /// Events of the file `f` by process and letter, `x` for executed, `c` for closed, `?` for
+    /// an unknown event; `|` where the queue was read to its end, one tick later each time.
+    /// The gate was asked about process 7 at tick `asked`.
     #[track_caller]
     fn check(events: &str, asked: u64, expected: &str) {
         let mut log = Log::default();
@@ -252,40 +256,40 @@ mod tests {
         }
         let (file, directory) = (&handle("f"), &handle("d"));
         let writers = log.writers(&Executed { file, directory, pid: 7, asked });
-        let mut said = Vec::new();
-        said.extend(writers.has_gone.then_some("gone"));
-        said.extend(writers.none_since.then_some("none since"));
-        said.extend(writers.was_told.then_some("told"));
-        assert_eq!(said.join(", "), expected, "{events}");
+        let mut facts = Vec::new();
+        facts.extend(writers.has_gone.then_some("gone"));
+        facts.extend(writers.none_since.then_some("none since"));
+        facts.extend(writers.was_told.then_some("reported"));
+        assert_eq!(facts.join(", "), expected, "{events}");
     }
 
     #[test]
-    fn a_writer_that_goes_after_the_execution_was_there_before_it() {
-        check("| 7x 8c |", 1, "gone, told");
-        check("| 8c 7x |", 1, "told");
-        check("| 8c | 7x |", 2, "none since, told");
-        check("| 8c | 7x | 8c |", 2, "gone, told");
-        // Of another execution.
-        check("| 6x 8c 7x |", 1, "told");
+    fn a_writer_that_closes_after_the_execution_existed_before_it() {
+        check("| 7x 8c |", 1, "gone, reported");
+        check("| 8c 7x |", 1, "reported");
+        check("| 8c | 7x |", 2, "none since, reported");
+        check("| 8c | 7x | 8c |", 2, "gone, reported");
+        // The writer belongs to another execution.
+        check("| 6x 8c 7x |", 1, "reported");
     }
 
     #[test]
-    fn a_process_that_executes_what_it_has_mapped_lets_go_of_it() {
-        check("| 7xc |", 1, "told");
+    fn a_process_that_executes_a_file_it_has_mapped_drops_the_mapping() {
+        check("| 7xc |", 1, "reported");
     }
 
     #[test]
     fn without_the_execution_nothing_is_known() {
         check("| 8c |", 1, "");
         check("|", 1, "none since");
-        // The directory was not listened to yet, or the queue not read.
-        check("| | 7x |", 0, "told");
-        check("7x", 1, "told");
+        // The directory was not marked yet, or the queue was not read.
+        check("| | 7x |", 0, "reported");
+        check("7x", 1, "reported");
     }
 
     #[test]
-    fn what_is_lost_is_not_taken_for_nothing() {
+    fn lost_events_do_not_count_as_no_events() {
         check("| 7x ? |", 1, "");
-        check("| ? | 7x |", 2, "none since, told");
+        check("| ? | 7x |", 2, "none since, reported");
     }
 }

@@ -1,4 +1,9 @@
-//! Changed paths that are looked at when they have been left alone for a while.
+//! Changed paths of all containers that wait until they have settled.
+//!
+//! A path settles when it has not changed for `settle`, or when ten times `settle` have passed
+//! since its first change. The threads `feed` and `names` add paths, `exec` adds files that
+//! were executed, a walk adds files that are too young, and the thread `scan` takes them.
+//! Nothing here reads a file.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,19 +14,19 @@ use crate::model::{ContainerId, RootfsPath, Source};
 use crate::watch::core::fair;
 use crate::watch::core::watched::Watched;
 
-/// More paths of one container than this are not waited for one by one: it is
-/// walked. One container's flood takes nothing from another.
+/// Beyond this many paths of one container, its upper layer is scanned instead. The limit is
+/// per container, so that a flood in one takes nothing from another.
 const MAX_DIRTY_PATHS: usize = 4 * 1024;
 
-/// How many paths of one container are taken at once.
+/// How many paths of one container are taken at a time.
 const TAKEN: usize = 32;
 
-/// What of one container has changed and is to be looked at when it has been left
-/// alone.
+/// The unsettled changes of one container.
 #[derive(Default)]
 struct Dirty {
     paths: HashMap<RootfsPath, DirtyPath>,
-    sweep: Option<Instant>,
+    /// When its whole upper layer is to be scanned.
+    scan: Option<Instant>,
 }
 
 struct DirtyPath {
@@ -31,11 +36,11 @@ struct DirtyPath {
     source: Source,
     first: Instant,
     last: Instant,
-    /// Somebody is looking at it.
+    /// The scan thread is examining it.
     is_taken: bool,
 }
 
-/// A path that is being looked at.
+/// A path that is being examined.
 pub(crate) struct Settled {
     pub(crate) path: RootfsPath,
     pub(crate) watched: Arc<Watched>,
@@ -58,8 +63,8 @@ impl DirtyPaths {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that a path is to be looked at once it has settled. The scan thread
-    /// looks often enough to need no waking. False if the container has too many.
+    /// Notes that a path is to be examined once it has settled. The scan thread checks often
+    /// enough and need not be woken. False if the container has too many paths.
     pub(crate) fn mark(
         &self,
         watched: &Arc<Watched>,
@@ -91,35 +96,34 @@ impl DirtyPaths {
         true
     }
 
-    /// Whether a path will be looked at by itself.
+    /// Whether a path waits to be examined by itself.
     pub(crate) fn is_dirty(&self, container: &ContainerId, path: &RootfsPath) -> bool {
         self.dirty().get(container).is_some_and(|dirty| dirty.paths.contains_key(path))
     }
 
-    /// Notes that a container's upperdir is to be walked once it has settled.
+    /// Notes that a container's whole upperdir is to be scanned after `settle`.
     pub(crate) fn mark_for_sweep(&self, watched: &Arc<Watched>) {
         let due = Instant::now() + self.settle;
-        self.dirty().entry(watched.container.clone()).or_default().sweep.get_or_insert(due);
+        self.dirty().entry(watched.container.clone()).or_default().scan.get_or_insert(due);
     }
 
-    /// Takes the sweeps that are due.
-    pub(crate) fn take_due_sweeps(&self, now: Instant) -> Vec<ContainerId> {
+    /// Takes the containers whose whole upperdir is due to be scanned.
+    pub(crate) fn take_due_scans(&self, now: Instant) -> Vec<ContainerId> {
         let mut all = self.dirty();
-        let is_due = |dirty: &Dirty| dirty.sweep.is_some_and(|due| due <= now);
+        let is_due = |dirty: &Dirty| dirty.scan.is_some_and(|due| due <= now);
         let due = all.iter_mut().filter(|(_, dirty)| is_due(dirty));
         due.map(|(container, dirty)| {
-            dirty.sweep = None;
+            dirty.scan = None;
             container.clone()
         })
         .collect()
     }
 
-    /// Containers of which paths have settled, or never do: how many, and since when
-    /// the oldest is due.
+    /// The containers with paths that are due: how many paths, and since when the oldest is.
     pub(crate) fn overdue(&self, now: Instant) -> Vec<fair::Waiting> {
         let settle = self.settle;
         let mut all = self.dirty();
-        all.retain(|_, dirty| !dirty.paths.is_empty() || dirty.sweep.is_some());
+        all.retain(|_, dirty| !dirty.paths.is_empty() || dirty.scan.is_some());
         let overdue = all.iter().filter_map(|(container, dirty)| {
             let due = dirty.paths.values().map(|path| path.due(settle)).filter(|due| *due <= now);
             let (waiting, oldest) = due.fold((0, None), |(waiting, oldest), due| {
@@ -130,8 +134,8 @@ impl DirtyPaths {
         overdue.collect()
     }
 
-    /// Takes some paths of a container that have settled. They stay known until they
-    /// are [`done`](Self::done), and are sorted, so that neighbours follow each other.
+    /// Takes some settled paths of a container, sorted, so that paths of one directory are
+    /// adjacent. They stay known until they are [`done`](Self::done).
     pub(crate) fn take_settled(&self, container: &ContainerId, now: Instant) -> Vec<Settled> {
         let settle = self.settle;
         let mut all = self.dirty();
@@ -149,7 +153,7 @@ impl DirtyPaths {
         taken
     }
 
-    /// A path that was taken has been looked at. It stays if it has changed since.
+    /// A taken path has been examined. It stays if it has changed since.
     pub(crate) fn done(&self, container: &ContainerId, path: &RootfsPath) {
         if let Some(dirty) = self.dirty().get_mut(container)
             && dirty.paths.get(path).is_some_and(|path| path.is_taken)
@@ -158,35 +162,35 @@ impl DirtyPaths {
         }
     }
 
-    /// Takes all of one container's paths, with who wrote them.
+    /// Takes all paths of one container whose writer is known.
     pub(crate) fn take_dirty_of(&self, container: &ContainerId) -> Vec<(RootfsPath, Writer)> {
         let dirty = self.dirty().remove(container).map(|dirty| dirty.paths).unwrap_or_default();
         dirty.into_iter().filter_map(|(path, dirty)| Some((path, dirty.writer?))).collect()
     }
 
-    /// How many paths have not been looked at yet.
+    /// How many paths have not been examined yet.
     pub(crate) fn unsettled(&self) -> u64 {
         self.dirty().values().map(|dirty| dirty.paths.len() as u64).sum()
     }
 
-    /// When the next path or sweep is due.
+    /// When the next path or scan is due.
     pub(crate) fn next_due(&self) -> Option<Instant> {
         let settle = self.settle;
         let all = self.dirty();
         let paths = all.values().flat_map(|dirty| dirty.paths.values());
         let paths = paths.filter(|path| !path.is_taken);
-        let sweeps = all.values().filter_map(|dirty| dirty.sweep);
-        paths.map(|path| path.due(settle)).chain(sweeps).min()
+        let scans = all.values().filter_map(|dirty| dirty.scan);
+        paths.map(|path| path.due(settle)).chain(scans).min()
     }
 
-    /// The writer of a path that has not settled yet, as far as it is known.
+    /// The writer of an unsettled path, if it is known.
     pub(crate) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Writer> {
         self.dirty().get(&watched.container)?.paths.get(path)?.writer.clone()
     }
 }
 
 impl DirtyPath {
-    /// A file that is written all the time must be judged all the same.
+    /// Bounded by the first change: a file that is written all the time must be examined too.
     fn due(&self, settle: Duration) -> Instant {
         (self.last + settle).min(self.first + settle * 10)
     }

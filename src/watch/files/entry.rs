@@ -1,4 +1,8 @@
-//! What an upper layer has at one name, read a slice at a time.
+//! What an upper layer holds under one name, read a slice at a time.
+//!
+//! `settle` and `walk` use it. It finds the file's state and its twin in the layers below
+//! (`lower`), through descriptors and through no symlink. It does not decide what is
+//! reported. A reading can be put aside between slices, so that containers take turns.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -17,10 +21,10 @@ use crate::watch::core::held::{Held, Left};
 use crate::watch::core::layers::Layers;
 use crate::watch::core::watched::Watched;
 
-/// How much of one container's work is done in its turn.
+/// How much work one container gets in its turn.
 pub(crate) struct Slice {
     pub(crate) until: Instant,
-    /// What was read or computed.
+    /// How many bytes were read or computed.
     pub(crate) bytes: u64,
 }
 
@@ -41,14 +45,14 @@ pub(crate) enum Found {
     Entry { stat: Stat, state: FileState, lower: Option<LowerTwin> },
 }
 
-/// A look at a name, which may have to go on.
+/// The result of examining a name: complete, or to be continued.
 #[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
-pub(crate) enum Look {
+pub(crate) enum Examined {
     Found(Found),
     Reading(Box<EntryReading>),
 }
 
-/// A directory of an upper layer, in which names are looked at.
+/// A directory of an upper layer in which names are examined.
 pub(crate) struct Place {
     pub(crate) watched: Arc<Watched>,
     pub(crate) path: RootfsPath,
@@ -64,7 +68,7 @@ pub(crate) struct OpenPlace<'a> {
     pub(crate) directory: BorrowedFd<'a>,
     pub(crate) holds_file_whiteouts: bool,
     pub(crate) in_image: bool,
-    /// Whether data is compared too, where it may be the image's.
+    /// Whether data files are compared too, where the image may have the same file.
     pub(crate) compares_data: bool,
 }
 
@@ -75,10 +79,10 @@ impl Place {
         path: RootfsPath,
     ) -> io::Result<Place> {
         let gone = |err: &io::Error| {
-            // A directory of the way was replaced: what the path named is not there.
+            // A directory on the path was replaced: the path leads nowhere now.
             matches!(err.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP))
         };
-        // Not part of the question: without the upperdir nothing is known of the path.
+        // An error here counts as an error: without the upperdir nothing is known of the path.
         let upper = file::open_directory(&layers.dirs.upperdir)?;
         let in_image = lower::holds(layers, &path);
         let directory = match file::open_directory_beneath(&upper, path.relative()) {
@@ -98,12 +102,12 @@ impl Place {
     }
 
     /// What is under the last name of `path`; `None` if nothing.
-    pub(crate) fn look(
+    pub(crate) fn examine(
         &self,
         shared: &Files,
         layers: &Layers,
         path: &RootfsPath,
-    ) -> io::Result<Option<Look>> {
+    ) -> io::Result<Option<Examined>> {
         let Some(directory) = &self.directory else { return Ok(None) };
         let Place { holds_file_whiteouts, in_image, .. } = *self;
         let compares_data = false;
@@ -127,9 +131,9 @@ pub(crate) fn entry(
     place: OpenPlace<'_>,
     path: &RootfsPath,
     stat: Stat,
-) -> io::Result<Look> {
+) -> io::Result<Examined> {
     if stat.is_whiteout_device() {
-        return Ok(Look::Found(Found::Whiteout));
+        return Ok(Examined::Found(Found::Whiteout));
     }
     let OpenPlace { directory, holds_file_whiteouts, in_image, compares_data } = place;
     let is_sensitive = shared.is_sensitive(watched, path);
@@ -143,40 +147,40 @@ pub(crate) fn entry(
         stage: Stage::Over,
     };
     match stat.file_type {
-        FileType::Directory => return Ok(Look::Found(Found::Directory)),
+        FileType::Directory => return Ok(Examined::Found(Found::Directory)),
         FileType::Regular => (),
         FileType::Symlink if is_sensitive || shared.leads_to_sensitive(watched, path) => {
             let target = rustix::fs::readlinkat(directory, path.file_name(), Vec::new())?;
             ways::note_link(shared, watched, path, target.as_bytes());
             let state = state::of_link(&stat, target.as_bytes());
-            return Ok(reading.look_below(shared, state, false));
+            return Ok(reading.find_twin(shared, state, false));
         }
-        // Where the image has a program, it matters that this is none.
+        // If the image has a program there, it matters that this is not one.
         FileType::Symlink
         | FileType::CharDevice
         | FileType::BlockDevice
         | FileType::Fifo
-        | FileType::Socket => return Ok(reading.look_below(shared, state::unopened(&stat), false)),
+        | FileType::Socket => return Ok(reading.find_twin(shared, state::unopened(&stat), false)),
     }
     let (fd, stat) = file::open_file_beneath(directory, path.file_name())?;
     if !stat.is_regular() {
-        // Exchanged since we looked; the next look will see what it is by then.
+        // Replaced since it was listed. The next examination will find what it is then.
         let state = state::unopened(&stat);
-        return Ok(Look::Found(Found::Entry { stat, state, lower: None }));
+        return Ok(Examined::Found(Found::Entry { stat, state, lower: None }));
     }
     let user = layers.userxattr;
     if holds_file_whiteouts && stat.size == 0 && overlay::is_file_whiteout(&fd, user)? {
-        return Ok(Look::Found(Found::Whiteout));
+        return Ok(Examined::Found(Found::Whiteout));
     }
     reading.stat = stat;
     reading.is_compared |= in_image
         && (lower::holds_program(layers, path)
             || compares_data && lower::holds_file_of(layers, path, stat.size));
     let content = if overlay::is_metacopy(&fd, user)? {
-        // The content is in a layer below. The merged view knows where; once the
-        // container has ended there is none.
+        // The content is in a layer below. The merged view shows it, but does not exist any
+        // more once the container has ended.
         match open_merged(watched, path) {
-            // Open, it keeps the container's mount busy.
+            // An open descriptor keeps the container's mount busy.
             Ok(merged) => Stored::Merged { merged: watched.hold(merged), upper: fd },
             Err(_) => Stored::below(layers, path, fd),
         }
@@ -186,10 +190,10 @@ pub(crate) fn entry(
     Ok(reading.begin(shared, content))
 }
 
-/// Where the content of an upper layer's file lies.
+/// Where the content of an upper layer's file is.
 pub(crate) enum Stored {
     Own(OwnedFd),
-    /// Seen as the container does. Its descriptor must not be kept when that ends.
+    /// As the container sees it. The descriptor must not be kept when the container ends.
     Merged {
         merged: Held,
         upper: OwnedFd,
@@ -209,7 +213,7 @@ impl Stored {
         }
     }
 
-    /// The file whose attributes count, if its content is another one's.
+    /// The file whose attributes count, if the content comes from another file.
     pub(crate) fn upper(&self) -> Option<&OwnedFd> {
         match self {
             Stored::Merged { upper, .. } | Stored::Below { upper, .. } => Some(upper),
@@ -218,15 +222,15 @@ impl Stored {
     }
 }
 
-/// A file of an upper layer that is being read, and then the one that it hides. It
-/// can be put aside at any time.
+/// A file of an upper layer that is being read, and after it the file below that it hides.
+/// It can be put aside at any time.
 pub(crate) struct EntryReading {
     pub(crate) watched: Arc<Watched>,
     pub(crate) path: RootfsPath,
     pub(crate) stat: Stat,
     pub(crate) in_image: bool,
     pub(crate) is_sensitive: bool,
-    /// Whether its content is compared, whatever it is.
+    /// Whether its content is hashed even if it is not a program.
     pub(crate) is_compared: bool,
     pub(crate) stage: Stage,
 }
@@ -238,7 +242,7 @@ pub(crate) enum Stage {
 }
 
 impl EntryReading {
-    pub(crate) fn begin(mut self, shared: &Files, stored: Stored) -> Look {
+    pub(crate) fn begin(mut self, shared: &Files, stored: Stored) -> Examined {
         let which = if self.is_compared { Which::Always } else { Which::Programs };
         let max_hash_bytes = shared.settings.max_hash_bytes;
         let begin = |fd: BorrowedFd<'_>| Reading::begin(fd, &self.stat, which, max_hash_bytes);
@@ -258,13 +262,13 @@ impl EntryReading {
             Begun::Known(state) => self.has(shared, &stored, state),
             Begun::Reads(reading) => {
                 self.stage = Stage::Content(stored, Box::new(reading));
-                Look::Reading(Box::new(self))
+                Examined::Reading(Box::new(self))
             }
         }
     }
 
-    /// The container has ended: there is no merged view any more.
-    pub(crate) fn begin_below(self, shared: &Files, stored: Stored) -> Look {
+    /// The container has ended, and its merged view with it.
+    pub(crate) fn begin_below(self, shared: &Files, stored: Stored) -> Examined {
         let stored = match (stored, self.watched.layers()) {
             (Stored::Merged { upper, .. }, Some(layers)) => {
                 Stored::below(layers, &self.path, upper)
@@ -274,9 +278,9 @@ impl EntryReading {
         self.begin(shared, stored)
     }
 
-    /// Its content is known.
-    pub(crate) fn has(self, shared: &Files, stored: &Stored, state: FileState) -> Look {
-        // The attributes are the upper file's.
+    /// Continues when the content is known.
+    pub(crate) fn has(self, shared: &Files, stored: &Stored, state: FileState) -> Examined {
+        // The attributes come from the upper file.
         let state = match stored.upper() {
             Some(upper) => FileState {
                 capability: file::xattr(upper, "security.capability").unwrap_or(None),
@@ -285,10 +289,15 @@ impl EntryReading {
             None => state,
         };
         let is_program = state.is_program() || self.is_sensitive;
-        self.look_below(shared, state, is_program)
+        self.find_twin(shared, state, is_program)
     }
 
-    pub(crate) fn look_below(mut self, shared: &Files, state: FileState, is_program: bool) -> Look {
+    pub(crate) fn find_twin(
+        mut self,
+        shared: &Files,
+        state: FileState,
+        is_program: bool,
+    ) -> Examined {
         let stat = self.stat;
         let max_hash_bytes = shared.settings.max_hash_bytes;
         let finding = match self.watched.layers() {
@@ -298,17 +307,17 @@ impl EntryReading {
             Some(_) | None => Finding::Known(None),
         };
         match finding {
-            Finding::Known(lower) => Look::Found(Found::Entry { stat, state, lower }),
+            Finding::Known(lower) => Examined::Found(Found::Entry { stat, state, lower }),
             Finding::Reads(twin) => {
                 self.stage = Stage::Twin(state, twin);
-                Look::Reading(Box::new(self))
+                Examined::Reading(Box::new(self))
             }
         }
     }
 
-    /// Reads a little more. `None`: there is more to read.
+    /// Reads one more slice. `None`: there is more to read.
     pub(crate) fn step(self: &mut Box<Self>, shared: &Files, slice: &mut Slice) -> Option<Found> {
-        let look = match std::mem::replace(&mut self.stage, Stage::Over) {
+        let found = match std::mem::replace(&mut self.stage, Stage::Over) {
             Stage::Content(stored, mut reading) => {
                 let before = reading.cost();
                 let state = match &stored {
@@ -322,7 +331,7 @@ impl EntryReading {
                             state
                         }
                         Left::Name(_) | Left::Copy(_) => {
-                            return self.goes_on(|entry| entry.begin_below(shared, stored));
+                            return self.continue_with(|entry| entry.begin_below(shared, stored));
                         }
                     },
                     Stored::Nowhere => Some(state::unopened(&self.stat)),
@@ -332,7 +341,7 @@ impl EntryReading {
                     self.stage = Stage::Content(stored, reading);
                     return None;
                 };
-                return self.goes_on(|entry| entry.has(shared, &stored, state));
+                return self.continue_with(|entry| entry.has(shared, &stored, state));
             }
             Stage::Twin(state, mut twin) => {
                 let before = twin.cost();
@@ -351,12 +360,12 @@ impl EntryReading {
                 Found::Entry { stat: self.stat, state, lower: None }
             }
         };
-        Some(look)
+        Some(found)
     }
 
-    pub(crate) fn goes_on(
+    pub(crate) fn continue_with(
         self: &mut Box<Self>,
-        next: impl FnOnce(EntryReading) -> Look,
+        next: impl FnOnce(EntryReading) -> Examined,
     ) -> Option<Found> {
         let EntryReading { stat, in_image, is_sensitive, is_compared, .. } = **self;
         let (watched, path) = (self.watched.clone(), self.path.clone());
@@ -364,8 +373,8 @@ impl EntryReading {
         let entry =
             EntryReading { watched, path, stat, in_image, is_sensitive, is_compared, stage };
         match next(entry) {
-            Look::Found(found) => Some(found),
-            Look::Reading(reading) => {
+            Examined::Found(found) => Some(found),
+            Examined::Reading(reading) => {
                 *self = reading;
                 None
             }
@@ -373,7 +382,7 @@ impl EntryReading {
     }
 }
 
-/// Opens the content of a metadata-only copy where the layers have it.
+/// Opens the content of a metadata-only copy in the layer that holds it.
 pub(crate) fn open_below(layers: &Layers, path: &RootfsPath, upper: &OwnedFd) -> Option<OwnedFd> {
     let redirect = overlay::redirect(upper, layers.userxattr).ok()?;
     let path = match redirect.as_deref() {
@@ -384,8 +393,8 @@ pub(crate) fn open_below(layers: &Layers, path: &RootfsPath, upper: &OwnedFd) ->
     lower::open(layers, &path)
 }
 
-/// Opens a file as the container sees it. The descriptor is on the container's
-/// mount and must not be kept.
+/// Opens a file as the container sees it. The descriptor is on the container's mount and
+/// must not be kept.
 pub(crate) fn open_merged(watched: &Watched, path: &RootfsPath) -> io::Result<OwnedFd> {
     if watched.has_foreign_layers() {
         return Err(io::ErrorKind::Unsupported.into());

@@ -1,4 +1,9 @@
-//! The change feed: told by the kernel when a file was closed after writing.
+//! The change feed, on the thread `feed`: the kernel reports each file that was closed after
+//! writing.
+//!
+//! It finds the file's path and writer (`paths`, `writers`), and notes the path in `dirty` if
+//! the file may be a program, is sensitive, or replaces a file of the image. It does not hash
+//! or judge anything, and keeps no descriptor of a container's file.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -19,8 +24,7 @@ use crate::sys::file;
 use crate::threads;
 use crate::watch::core::watched::Watched;
 
-/// How much one read may bring: about seven hundred events with a descriptor
-/// each.
+/// The most that one read returns: about seven hundred events with a descriptor each.
 const READ_BYTES: usize = 16 * 1024;
 
 /// More paths than this are not remembered.
@@ -29,8 +33,8 @@ const MAX_KNOWN_PATHS: usize = 16 * 1024;
 pub(crate) struct Feed {
     pub(crate) group: Arc<Group>,
     pub(crate) shared: Arc<Files>,
-    /// Whether the image has a file at a path. It does not change, and log files
-    /// are written again and again.
+    /// Whether the image has a file at a path. Kept because this does not change, and log
+    /// files are written again and again.
     pub(crate) in_image: HashMap<(ContainerId, RootfsPath), bool>,
 }
 
@@ -45,14 +49,14 @@ impl Feed {
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
                     Some(Errno::AGAIN | Errno::INTR) => (),
                     _ => {
-                        let detail = format!("an event of the change feed is lost: {err}");
+                        let detail = format!("an event of the change feed was lost: {err}");
                         self.shared.lose(Failure::EventUnreadable, None, &detail);
-                        // Should every read fail from now on, it must not be a busy loop.
+                        // If every read fails from now on, this must not be a busy loop.
                         std::thread::sleep(Duration::from_millis(10));
                     }
                 },
                 Err(ReadError::Malformed(err)) => {
-                    let detail = format!("the change feed cannot be understood: {err}");
+                    let detail = format!("an event of the change feed cannot be decoded: {err}");
                     self.shared.lose(Failure::EventUnreadable, None, &detail);
                 }
             }
@@ -67,7 +71,7 @@ impl Feed {
                 None,
                 "the kernel dropped events of the change feed",
             ),
-            // The feed is in the notification class; dropped, it is allowed.
+            // Not expected in the notification class. Dropping the event allows the access.
             Incoming::Permission(_) => (),
         }
     }
@@ -82,13 +86,13 @@ impl Feed {
         let path = match paths::event_path(&watched, &file, &stat, pid, None) {
             Ok(path) => path,
             Err(why) => {
-                let detail = format!("the path of a written file cannot be told: {why}");
+                let detail = format!("the path of a written file cannot be found: {why}");
                 self.shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
                 return;
             }
         };
         let is_program = file::sniff(file.as_fd()).is_ok_and(may_be_program);
-        // An open event descriptor keeps the container's superblock alive.
+        // Closed early: an open event descriptor keeps the container's superblock alive.
         drop(file);
         if is_program {
             upper::listen_near(&self.shared, &watched, &path);
@@ -99,7 +103,7 @@ impl Feed {
             return;
         }
         self.shared.health.data_writes.fetch_add(1, Ordering::Relaxed);
-        // A program of the image that was overwritten with something else.
+        // It may be a program of the image that was overwritten with data.
         if self.is_in_image(&watched, &path) {
             self.shared.mark_dirty(&watched, path, Source::Change, None);
         }
@@ -120,8 +124,8 @@ impl Feed {
     }
 }
 
-/// Whether a file is one by its first bytes, or becomes one by an executable bit alone. What
-/// mode it has when it has settled decides.
+/// Whether a file is a program by its first bytes, or would be one with an executable bit. Its
+/// mode when it has settled decides.
 fn may_be_program(format: Format) -> bool {
     matches!(format, Format::Elf | Format::KernelModule | Format::Script)
 }

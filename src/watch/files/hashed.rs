@@ -1,4 +1,8 @@
-//! Hashes of files that are read again and again.
+//! Hashes of files that are executed or loaded again and again, for all containers.
+//!
+//! `exec` and `code` use it so that such a file is not read each time. An entry is found by
+//! device, inode, ctime and size, and is valid for a short time only. This file does not
+//! decide whether a file may have changed after the check: that is `closings` and `exec`.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -10,17 +14,17 @@ use crate::model::{Content, FileState, FileTime};
 use crate::sys::door::{self, Local};
 use crate::sys::file::Stat;
 
-/// Hashes of such files, so that one that is loaded all the time is read once in a
-/// while and not each time.
+/// Hashes of files, so that one that is loaded all the time is read once in a while and not
+/// each time.
 ///
-/// Only for a while, because its ctime does not tell everything: stores through a
-/// shared mapping into a page that was dirty already leave it as it was.
+/// They expire, because the ctime does not show every change: stores through a shared mapping
+/// into a page that was dirty already leave it as it was.
 #[derive(Debug, Default)]
 pub(crate) struct Hashed {
     pub(crate) known: Mutex<HashMap<Key, Known>>,
 }
 
-/// What a file cannot change without changing this, short of such stores.
+/// Changes whenever the file's content changes, except by such stores.
 pub(crate) type Key = (u64, u64, FileTime, u64);
 
 #[derive(Debug)]
@@ -32,8 +36,8 @@ pub(crate) struct Known {
 /// More files than this are not remembered.
 pub(crate) const MAX_KNOWN: usize = 4096;
 
-/// How long a hash is good for at least; and how many times longer than it took,
-/// so that hashing one file over and over takes a twentieth of a processor.
+/// How long a hash is valid: at least `GOOD_FOR`, and at least `TIMES_ITS_COST` times as long
+/// as hashing took, so that hashing one file repeatedly takes a twentieth of a processor.
 pub(crate) const GOOD_FOR: Duration = Duration::from_secs(1);
 
 pub(crate) const TIMES_ITS_COST: u32 = 20;
@@ -46,17 +50,16 @@ pub(crate) fn key(stat: &Stat) -> Key {
 }
 
 impl Hashed {
-    /// What a file holds that is executed again and again; `None` if that is not known
-    /// for certain. It cannot be executed while it is open for writing, and has another
-    /// ctime after that.
+    /// The content of an executed file; `None` if it is not known for certain. A file cannot be
+    /// executed while it is open for writing, and has another ctime after that.
     pub(crate) fn of_executed(&self, stat: &Stat) -> Option<FileState> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let known = known.get(&key(stat)).filter(|known| known.until > Instant::now())?;
         Some(FileState { deleted: stat.links == 0, ..known.state.clone() })
     }
 
-    /// Remembers what an executed file holds, unless another change of it might have
-    /// the same time.
+    /// Remembers the content of an executed file, unless a later change might get the same
+    /// ctime.
     pub(crate) fn remember_executed(&self, stat: &Stat, state: &FileState) {
         let is_hashed = matches!(state.content, Content::Hashed { .. });
         let is_settled = stat.age().is_some_and(|age| age > SETTLED);

@@ -1,7 +1,9 @@
-//! The FIFOs that lead to terminals, and which process opens one.
+//! The FIFOs that lead to the terminals of containers, and which process opens one.
 //!
-//! The marks are in the group of `names`, whose reader hands on what is for here. A directory
-//! that both listen to has one mark, with what both listen for.
+//! The marks are in the fanotify group of `names`. Its reader (`changes`) passes the openings
+//! of FIFOs to this file, and the thread `attachments` in `sessions` takes them from here and
+//! decides what they mean. A directory that both this file and `names` listen to has one
+//! mark with the masks of both, so neither may remove the other's bits.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,18 +23,18 @@ use crate::threads;
 use crate::watch::core::shared::Core;
 use crate::watch::core::watched::Watched;
 
-/// FIFOs that are listened to at once.
+/// The most FIFOs that are listened to at the same time.
 const MAX_INPUTS: usize = 1024;
 
-/// FIFOs that were opened and wait to be looked at.
+/// The most openings that wait to be examined.
 const QUEUE: usize = 1024;
 
-/// What a directory with a FIFO is listened to for.
+/// The events that are listened for in a FIFO's directory.
 const MASK: u64 = libc::FAN_OPEN | libc::FAN_EVENT_ON_CHILD;
 
 /// Listens to the inputs of terminals.
 pub(crate) struct Inputs {
-    /// `None` where the kernel cannot report names, or makes no more groups.
+    /// `None` if the kernel cannot report names, or refuses to create another group.
     group: Option<Arc<Group>>,
     inputs: Mutex<HashMap<FileHandle, Input>>,
     send: Sender<Named>,
@@ -42,12 +44,12 @@ pub(crate) struct Inputs {
 struct Input {
     watched: Arc<Watched>,
     name: Box<[u8]>,
-    /// Its manager opens it too, whenever that is started again.
+    /// Its manager opens it too, each time the manager is restarted.
     is_handed_on: bool,
 }
 
 impl Inputs {
-    /// `group` is read by `names`, which also says if it is missing.
+    /// `group` belongs to `names`, which also logs if it is missing.
     pub(crate) fn new(group: Option<Arc<Group>>) -> Inputs {
         let (send, receive) = bounded(QUEUE);
         Inputs { group, inputs: Mutex::default(), send, receive }
@@ -57,7 +59,7 @@ impl Inputs {
         self.inputs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on it is told who opens this FIFO.
+    /// From now on, each opening of this FIFO is reported, with the process that opens it.
     pub(crate) fn listen(
         &self,
         watched: &Arc<Watched>,
@@ -81,22 +83,22 @@ impl Inputs {
         Ok(())
     }
 
-    /// What may be taken off the mark of this directory of all that is in `mask`, done by
-    /// `unmark`: what is listened for here stays.
+    /// Removes `mask` from the mark of a directory by calling `unmark`, without the bits that
+    /// this file needs there.
     pub(crate) fn unmark_the_rest(
         &self,
         directory: &OwnedFd,
         mask: u64,
         unmark: impl FnOnce(u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        // Locked, so that the directory is not marked in between.
+        // The lock is held so that the directory is not marked in between.
         let inputs = self.inputs();
         let is_shared = !inputs.is_empty()
             && FileHandle::of(directory).is_ok_and(|handle| inputs.contains_key(&handle));
         unmark(if is_shared { mask & !MASK } else { mask })
     }
 
-    /// Takes from events what was listened for here, and leaves the rest.
+    /// Takes the openings of FIFOs out of `events`, and returns the rest.
     pub(crate) fn take(&self, shared: &Core, events: Vec<DecodedName>) -> Vec<DecodedName> {
         let mut rest = Vec::with_capacity(events.len());
         for event in events {
@@ -104,10 +106,10 @@ impl Inputs {
                 DecodedName::Named(mut named) if named.mask & libc::FAN_OPEN != 0 => {
                     let opened = Some(&named).filter(|named| self.is_input(named)).cloned();
                     if opened.is_some_and(|opened| self.send.try_send(opened).is_err()) {
-                        let detail = "who attached to a terminal was not looked at";
+                        let detail = "an attachment to a terminal was not examined";
                         shared.lose(Failure::ProcessQueueFull, None, detail);
                     }
-                    // The kernel merges what one process does to one name.
+                    // The kernel merges the events of one process and one name: keep the others.
                     named.mask &= !libc::FAN_OPEN;
                     if named.mask & !(libc::FAN_ONDIR | libc::FAN_EVENT_ON_CHILD) != 0 {
                         rest.push(DecodedName::Named(named));
@@ -128,8 +130,8 @@ impl Inputs {
         threads::recv_timeout(&self.receive, patience).ok()
     }
 
-    /// The container to whose terminal an opened FIFO leads, and whether its manager opens
-    /// it too.
+    /// The container to whose terminal an opened FIFO leads, and whether its manager also
+    /// opens it.
     pub(crate) fn of(&self, named: &Named) -> Option<(Arc<Watched>, bool)> {
         match self.inputs().get(&named.directory) {
             Some(input) if input.name == named.name => {

@@ -1,5 +1,9 @@
-//! What the image's layers hold below an upper file, straight from the
-//! directories that the snapshotter unpacked.
+//! What the image's layers hold below an upper layer, read directly from the directories that
+//! the snapshotter unpacked.
+//!
+//! It applies overlayfs rules itself (whiteouts, opaque directories), so it works without the
+//! container's mount and after the container has ended. It follows no symlinks. It compares
+//! nothing: callers receive states and hashes of lower files ([`LowerTwins`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read as _};
@@ -17,8 +21,8 @@ use crate::watch::core::layers::Layers;
 /// More twins than this are not remembered.
 const MAX_TWINS: usize = 16 * 1024;
 
-/// Hashes of lower files, by inode and ctime: layers do not change, and one file
-/// of an image is asked for by every container made from it.
+/// Hashes of lower files, by inode and ctime. Layers do not change, and every container of an
+/// image needs the same files.
 #[derive(Debug, Default)]
 pub(crate) struct LowerTwins {
     known: Mutex<HashMap<Key, Option<Twin>>>,
@@ -52,7 +56,7 @@ impl LowerTwins {
         }
     }
 
-    /// The same, where its content need not be read at once.
+    /// Like [`find`](Self::find), but the content is read later, in slices.
     pub(crate) fn begin(
         &self,
         layers: &Layers,
@@ -113,7 +117,7 @@ pub(crate) struct TwinReading {
 }
 
 impl TwinReading {
-    /// Reads on. `None`: there is more to read.
+    /// Reads one more slice. `None`: there is more to read.
     pub(crate) fn step(&mut self, twins: &LowerTwins, slice: u64) -> Option<Option<LowerTwin>> {
         threads::beat();
         let hashed = match self.hash.step(self.file.as_fd(), slice) {
@@ -127,7 +131,7 @@ impl TwinReading {
         Some(self.twin.hashes)
     }
 
-    /// How many bytes were read or computed so far.
+    /// How many bytes have been read or computed so far.
     pub(crate) fn cost(&self) -> u64 {
         self.hash.cost()
     }
@@ -137,7 +141,7 @@ impl TwinReading {
     }
 }
 
-/// A name of the lower layers.
+/// A name in one of the lower layers.
 struct Lower {
     layer: OwnedFd,
     path: Vec<u8>,
@@ -178,8 +182,8 @@ pub(crate) fn inode(layers: &Layers, path: &RootfsPath) -> Option<(u64, u64)> {
     Some((lower.stat.device, lower.stat.inode))
 }
 
-/// Whether the layers hold this very file at `path`; `stat` is the overlay's word
-/// for it. False may also mean that it cannot be told.
+/// Whether the layers hold exactly this file at `path`, by the `stat` that the overlay shows.
+/// False also if that cannot be determined.
 pub(crate) fn is_at(layers: &Layers, path: &RootfsPath, stat: &Stat) -> bool {
     at(layers, path).is_some_and(|lower| {
         let Lower { stat: own, .. } = lower;
@@ -192,7 +196,7 @@ pub(crate) fn open(layers: &Layers, path: &RootfsPath) -> Option<OwnedFd> {
     at(layers, path).filter(|lower| lower.stat.is_regular())?.read().map(|(fd, _)| fd)
 }
 
-/// Where a symlink that the layers hold at `path` leads; `None` if there is none.
+/// The target of the symlink that the layers hold at `path`; `None` if there is none.
 pub(crate) fn link_target(layers: &Layers, path: &RootfsPath) -> Option<Vec<u8>> {
     let lower = at(layers, path).filter(|lower| lower.stat.file_type == FileType::Symlink)?;
     let parent = path.parent()?;
@@ -209,7 +213,7 @@ pub(crate) fn read(layers: &Layers, path: &RootfsPath, limit: u64) -> Option<Vec
     Some(bytes)
 }
 
-/// What the lower layers, merged, show at `path`.
+/// What the merged lower layers show at `path`.
 fn at(layers: &Layers, path: &RootfsPath) -> Option<Lower> {
     for directory in &layers.dirs.lowerdirs {
         let Ok(layer) = file::open_directory(directory) else { continue };
@@ -228,12 +232,12 @@ fn at(layers: &Layers, path: &RootfsPath) -> Option<Lower> {
     None
 }
 
-/// Whether a layer that has no `path` also hides it in the layers below: by a
-/// directory of the way that is opaque, or is no directory.
+/// Whether a layer without `path` also hides it in the layers below: a directory on the path
+/// is opaque in this layer, or is not a directory.
 fn hides_what_is_below(layer: &OwnedFd, path: &RootfsPath, err: &io::Error, user: bool) -> bool {
     match err.raw_os_error() {
         Some(libc::ENOENT) => (),
-        // A whiteout, a file or a symlink where the path wants a directory.
+        // A whiteout, a file or a symlink where the path needs a directory.
         _ => return true,
     }
     let mut parent = path.parent();
@@ -248,15 +252,15 @@ fn hides_what_is_below(layer: &OwnedFd, path: &RootfsPath, err: &io::Error, user
     false
 }
 
-/// The names that the lower layers, merged, show directly in a directory. If
-/// they hold something else than a directory at `path`, that is the answer.
+/// The names that the merged lower layers show directly in a directory, or that they hold
+/// something other than a directory there.
 pub(crate) enum LowerNames {
     NotADirectory,
     Names(Vec<Vec<u8>>),
 }
 
 pub(crate) fn names_in(layers: &Layers, path: &RootfsPath) -> LowerNames {
-    // Whether a name is visible: the topmost layer that has it decides.
+    // Whether each name is visible. The topmost layer that has it decides.
     let mut names: BTreeMap<Vec<u8>, bool> = BTreeMap::new();
     let mut found_directory = false;
     for directory in &layers.dirs.lowerdirs {

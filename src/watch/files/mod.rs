@@ -1,7 +1,8 @@
-//! The files of upper layers and of the layers below: what changes, what is there, and
-//! by which process it was written.
+//! The wing of files: which files of a container's upper layer exist or change, what the
+//! image's layers hold below them, and which process wrote them.
 //!
-//! It knows `core` and `process`.
+//! It uses `core` and `process` and no other wing. It reports what it finds as observations.
+//! It does not judge whether a file is drift.
 
 pub(crate) mod changes;
 pub(crate) mod closings;

@@ -1,12 +1,10 @@
-//! Names and metadata: told by the kernel when a name of an upper layer comes,
-//! goes or is moved, and when a file's mode, owner or attributes change.
+//! Changes of names and metadata: the kernel reports when a name in an upper layer is
+//! created, removed or renamed, and when a file's mode, owner or attributes change.
 //!
-//! The overlay's own marks see writes and nothing of this. So every directory of
-//! an upper layer carries a mark of its own, on the host's side of the overlay:
-//! there are only as many as the container has changed something in. The walks
-//! place them, each directory's before it is listed, so that what changes is seen
-//! by the one or by the other. Events name the directory by its handle, which is
-//! looked up here and never opened; which path it has is known from the walk.
+//! It owns the marks on the directories of upper layers, and the path of each directory. Walks
+//! place the marks. `changes` reads the events and finds the changed path here. Where the
+//! kernel has no such marks, or there are too many directories, periodic scans find the same
+//! changes later.
 //!
 //! ```text
 //! walk ── directory, path ──> marks and handles ──> kernel
@@ -14,9 +12,6 @@
 //!                                   v                 v
 //!                            handle → path ───────> names ── dirty path ──> scan
 //! ```
-//!
-//! Where the kernel has no such marks, or there are too many directories, sweeps
-//! find the same things later.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -32,15 +27,14 @@ use crate::sys::fanotify::{self, Group, Named};
 use crate::sys::handle::FileHandle;
 use crate::watch::core::watched::Watched;
 
-/// Directories of one container, and of all, that are listened to. Each pins an
-/// inode of about a kilobyte.
+/// The most directories of one container, and of all containers, that are listened to. Each
+/// pins an inode of about a kilobyte.
 const MAX_OF_CONTAINER: usize = 8 * 1024;
 const MAX_OF_ALL: usize = 64 * 1024;
 
-/// What is listened for. Not `MODIFY`: it makes writes of a page a third slower,
-/// and the one thing that it would tell is truncate(2) of a file that is in the
-/// upper layer already, which closes nothing. A walk finds that, and whoever runs
-/// the file is told of at once.
+/// The events that are listened for. Not `MODIFY`: it makes writes of a page a third slower,
+/// and would only add truncate(2) of a file that is in the upper layer already, which closes
+/// nothing. A walk finds that change, and an execution of the file is reported immediately.
 const MASK: u64 = libc::FAN_CREATE
     | libc::FAN_MOVED_TO
     | libc::FAN_MOVED_FROM
@@ -49,15 +43,21 @@ const MASK: u64 = libc::FAN_CREATE
     | libc::FAN_ONDIR
     | libc::FAN_EVENT_ON_CHILD;
 
-/// Events of which the name now stands for something else, or for nothing.
+/// Events after which the name refers to something else, or to nothing.
 const RENAMING: u64 =
     libc::FAN_CREATE | libc::FAN_MOVED_TO | libc::FAN_MOVED_FROM | libc::FAN_DELETE;
 
 /// The directories that are listened to.
+///
+/// The overlay's own marks report writes only. So every directory of an upper layer carries its
+/// own mark, on the host's side of the overlay. There are only as many as the container has
+/// changed something in. A walk marks each directory before it lists it, so that either the
+/// event or the listing shows a change. Events name the directory by its handle. The handle is
+/// compared and never opened; the walk supplies the path.
 pub(crate) struct Names {
-    /// `None` where the kernel cannot, or makes no more groups.
+    /// `None` if the kernel does not support it, or refuses to create another group.
     group: Option<Arc<Group>>,
-    /// It could, with more groups.
+    /// The kernel supports it, but refuses to create another group.
     lacks_group: bool,
     map: Mutex<Map>,
 }
@@ -70,9 +70,9 @@ struct Map {
 
 struct Directory {
     watched: Arc<Watched>,
-    /// `None` once it was moved, until a walk has found it again.
+    /// `None` after it was moved, until a walk finds it again.
     path: Option<RootfsPath>,
-    /// The walk that saw it last.
+    /// The last walk that found it.
     walk: u64,
 }
 
@@ -81,19 +81,20 @@ struct Marked {
     by_path: BTreeMap<RootfsPath, FileHandle>,
     count: usize,
     walk: u64,
-    was_told: bool,
-    /// The last walk in which a directory could not be listened to.
+    /// That some directories are not marked has been reported.
+    was_reported: bool,
+    /// The last walk in which a directory could not be marked.
     deaf_in: Option<u64>,
 }
 
 /// Why a directory is not listened to.
 #[derive(Debug)]
 pub(crate) enum Deaf {
-    /// This kernel never listens; it was said at start.
+    /// This kernel does not support it. That was logged at start.
     Missing,
-    /// There are too many; true if that is news.
+    /// There are too many directories; true if this has not been reported yet.
     Full(bool),
-    /// This filesystem or kernel refuses; true if that is news.
+    /// This filesystem or kernel refuses; true if this has not been reported yet.
     Refused(io::Error, bool),
 }
 
@@ -101,14 +102,14 @@ impl Names {
     pub(crate) fn new() -> Names {
         let group = Group::names().inspect_err(|err| {
             tracing::warn!(
-                "renames, removals and changes of metadata are found by sweeps only: {err}"
+                "only periodic scans will find renames, removals and changes of metadata: {err}"
             );
         });
         let lacks_group = matches!(group, Err(fanotify::Error::TooMany));
         Names { group: group.ok().map(Arc::new), lacks_group, map: Mutex::default() }
     }
 
-    /// Where the marks are, those of `inputs` too.
+    /// The group of the marks, also of those that `inputs` places.
     pub(crate) fn group(&self) -> Option<Arc<Group>> {
         self.group.clone()
     }
@@ -117,7 +118,7 @@ impl Names {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A walk of all of a container's upperdir begins.
+    /// A walk of a container's whole upperdir begins.
     pub(crate) fn begin_walk(&self, watched: &Arc<Watched>) {
         let mut map = self.map();
         let Map { containers, .. } = &mut *map;
@@ -128,14 +129,14 @@ impl Names {
         map.marked(watched).walk += 1;
     }
 
-    /// It has seen everything: what it has not seen is not there any more. Says whether
-    /// all of it is listened to again, after it was not.
+    /// The walk is complete: directories that it has not found do not exist any more. Returns
+    /// whether all directories are marked again after some were not.
     pub(crate) fn end_walk(&self, watched: &Arc<Watched>) -> bool {
         let mut map = self.map();
         let walk = map.marked(watched).walk;
         map.remove_where(watched, |directory| directory.walk != walk);
         let marked = map.marked(watched);
-        marked.deaf_in != Some(walk) && std::mem::take(&mut marked.was_told)
+        marked.deaf_in != Some(walk) && std::mem::take(&mut marked.was_reported)
     }
 
     /// Listens to an open directory of an upper layer from now on.
@@ -167,7 +168,7 @@ impl Names {
         if map.marked(watched).count >= MAX_OF_CONTAINER || all >= MAX_OF_ALL {
             return Err(Deaf::Full(map.is_news(watched)));
         }
-        // Known before it is marked, so that its first event finds it.
+        // Inserted before it is marked, so that its first event finds it.
         map.insert(watched, path, handle.clone());
         match group.mark_directory(directory.as_fd(), MASK) {
             Ok(()) => Ok(()),
@@ -181,16 +182,16 @@ impl Names {
         }
     }
 
-    /// Listens no more to an open directory.
+    /// Stops listening to an open directory.
     pub(crate) fn unlisten(&self, directory: &OwnedFd, inputs: &Inputs) {
         let Some(group) = &self.group else { return };
-        // Most errors say that there is no mark, and the others change nothing: it
-        // goes with the directory.
+        // Most errors mean that there is no mark. The others do not matter: a mark ends with its
+        // directory.
         let unmark = |mask| group.unmark_directory(directory.as_fd(), mask);
         let _ = inputs.unmark_the_rest(directory, MASK, unmark);
     }
 
-    /// Forgets this attachment and no later one of the same container.
+    /// Forgets this attachment of a container, but not a later one.
     pub(crate) fn forget(&self, watched: &Arc<Watched>) {
         let mut map = self.map();
         let is_this = |marked: &Marked| Arc::ptr_eq(&marked.watched, watched);
@@ -199,15 +200,15 @@ impl Names {
         }
     }
 
-    /// Whose name has changed and which; without a path if that is not known now.
-    /// `None` if it concerns nobody.
+    /// The container and the path of a changed name; without a path if it is not known now.
+    /// `None` if no container or nothing of interest has changed.
     pub(crate) fn changed(&self, named: &Named) -> Option<(Arc<Watched>, Option<RootfsPath>)> {
         let mut map = self.map();
         let directory = map.directories.get(&named.directory)?;
         let watched = directory.watched.clone();
         let Some(parent) = &directory.path else { return Some((watched, None)) };
         if matches!(&*named.name, b"" | b".") {
-            // The directory's own mode or times; what it hides changes with its name.
+            // The directory's own mode or times. A change of what it hides comes with its name.
             return None;
         }
         let is_directory = named.mask & libc::FAN_ONDIR != 0;
@@ -229,21 +230,20 @@ impl Map {
             by_path: BTreeMap::new(),
             count: 0,
             walk: 0,
-            was_told: false,
+            was_reported: false,
             deaf_in: None,
         })
     }
 
-    /// Whether it is the first time that something is said of this container, or the
-    /// first time since all of it could be listened to.
+    /// Notes that a directory is not marked. Returns whether this has not been reported yet, or
+    /// not since all directories of the container were marked.
     fn is_news(&mut self, watched: &Arc<Watched>) -> bool {
         let marked = self.marked(watched);
         marked.deaf_in = Some(marked.walk);
-        !std::mem::replace(&mut marked.was_told, true)
+        !std::mem::replace(&mut marked.was_reported, true)
     }
 
-    /// Notes that a directory that is listened to was seen at `path`; false if it
-    /// is not listened to.
+    /// Notes that a marked directory was found at `path`; false if it is not marked.
     fn find_again(
         &mut self,
         watched: &Arc<Watched>,
@@ -291,14 +291,14 @@ impl Map {
         }
     }
 
-    /// What was at `path` and below it is not there any more, or not certainly.
+    /// Directories at `path` and below may not be there any more: forgets their paths.
     fn lose_paths(&mut self, watched: &Arc<Watched>, path: &RootfsPath) {
         let by_path = &mut self.marked(watched).by_path;
         let mut lost: Vec<FileHandle> = by_path.remove(path).into_iter().collect();
         let mut below = path.as_bytes().to_vec();
         below.push(b'/');
-        // Siblings such as `a-b` sort between `a` and `a/b`, so the range begins
-        // behind them: at the first path that starts with `a/`.
+        // Siblings such as `a-b` sort between `a` and `a/b`: skip those, and stop after the last
+        // path that starts with `a/`.
         let mut from: Vec<RootfsPath> = Vec::new();
         for key in
             by_path.range((Bound::Excluded(path.clone()), Bound::Unbounded)).map(|(key, _)| key)

@@ -1,16 +1,11 @@
-//! Package managers at work, and who descends from them.
+//! Package managers that run, and the processes that descend from them.
 //!
-//! What a package manager writes is told as one transaction, if it is known that
-//! it or a descendant of it was the writer. Most writers still live when the change
-//! feed tells of them, and then their parents do too. The others (a `cp` in a
-//! script of a package) are remembered from the moment at which they executed
-//! something, or by the kernel's record of their birth: who descends from a package
-//! manager is kept here for as long as anybody may ask who a writer was.
-//!
-//! A program counts as a package manager by its name, and if it runs from a file of
-//! the image's layers, by the container's own mount: not a copy, and not something
-//! mounted over it. Whether the image has that file there is the pipeline's
-//! question.
+//! The files that a package manager writes are reported as one transaction, if the writer is
+//! known to be the package manager or a descendant. Most writers still live when the change
+//! feed reports their file, and then their parents do too. The others (a `cp` in a package's
+//! script) are remembered from their first execution on, or by the kernel's record of their
+//! birth. Descendants are kept for as long as a change of theirs may still be reported. This
+//! file does not check that the image has the package manager at its path; the pipeline does.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -37,26 +32,29 @@ use crate::watch::process::records::TraceConsumer;
 use crate::watch::process::seen::Seen;
 use crate::watch::process::shared::Processes;
 
-/// Processes that are remembered: of package managers, and others.
+/// The most processes that are remembered: descendants of package managers, and others.
 const MAX_DESCENDANTS: usize = 16 * 1024;
 const MAX_OTHERS: usize = 64 * 1024;
-const MAX_TOLD: usize = 1024;
-/// How long who has ended is remembered: a file that is written all the time is
-/// told ten times as late as another.
+const MAX_REPORTED: usize = 1024;
+/// How long a process is remembered after its end, in clock ticks. A file that is written all
+/// the time is reported ten times as late as others.
 const KEPT: u64 = 15 * 100;
 const MAX_GENERATIONS: usize = 64;
-/// How often it is asked who has ended.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often ended processes are searched for.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
 
-/// Who descends from a package manager, in all containers.
+/// The descendants of package managers, in all containers.
+///
+/// A program counts as a package manager by its name, and only if it runs from a file of the
+/// image's layers through the container's own mount: not a copy, and not a file mounted over it.
 #[derive(Debug, Default)]
 pub(crate) struct Packages {
     descendants: HashMap<u32, Descendant>,
-    /// Pids whose present program is none of a package manager.
+    /// Processes whose present program neither is nor descends from a package manager.
     others: HashSet<u32>,
-    /// Package managers that the pipeline knows.
-    told: VecDeque<ProcessIdentity>,
-    next_look: Option<Instant>,
+    /// Package managers that have been reported to the pipeline.
+    reported: VecDeque<ProcessIdentity>,
+    next_check: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -68,9 +66,9 @@ struct Descendant {
 }
 
 impl Packages {
-    /// A process that was looked at while it lived: it is remembered if it is, or
-    /// descends from, a package manager.
-    pub(crate) fn looked_at(
+    /// Takes in a process that was examined while it lived. It is remembered if it is a package
+    /// manager or descends from one.
+    pub(crate) fn note(
         &mut self,
         shared: &Processes,
         watched: &Arc<Watched>,
@@ -91,14 +89,14 @@ impl Packages {
             .ancestors
             .iter()
             .map(|ancestor| (ancestor.identity, ancestor.exe.as_deref(), ancestor.argv.as_deref()));
-        // The outermost first: what it starts belongs to it.
+        // The outermost package manager counts: what it starts belongs to it.
         let chain: Vec<_> = std::iter::once(own).chain(others).collect();
         let manager = chain.into_iter().rev().find_map(|(identity, exe, argv)| {
-            if self.told.contains(&identity) {
+            if self.reported.contains(&identity) {
                 return Some(identity);
             }
             package_manager(exe?, argv.unwrap_or_default())?;
-            self.tell(shared, watched, identity).then_some(identity)
+            self.report_manager(shared, watched, identity).then_some(identity)
         });
         let is_remembered = manager.is_some()
             || process.ancestors.iter().any(|ancestor| {
@@ -114,8 +112,8 @@ impl Packages {
         }
     }
 
-    /// Tells the pipeline of a package manager; false if it is none of the image's.
-    fn tell(
+    /// Reports a package manager to the pipeline; false if it is not a program of the image.
+    fn report_manager(
         &mut self,
         shared: &Processes,
         watched: &Arc<Watched>,
@@ -127,29 +125,30 @@ impl Packages {
         }
         let process = Arc::new(describe::as_it_is(&handle, watched));
         self.remember(watched, process.clone());
-        self.tell_of(shared, watched, process)
+        self.report(shared, watched, process)
     }
 
-    fn tell_of(
+    fn report(
         &mut self,
         shared: &Processes,
         watched: &Arc<Watched>,
         process: Arc<Process>,
     ) -> bool {
         let identity = process.identity;
-        if self.told.len() == MAX_TOLD {
-            self.told.pop_front();
+        if self.reported.len() == MAX_REPORTED {
+            self.reported.pop_front();
         }
         let fact = Fact::PackageManager { process };
-        // Lost, its files stand alone; asked again, it is told again.
-        let is_told = shared.observe(watched, Timestamp::now(), Source::Change, fact);
-        if is_told {
-            self.told.push_back(identity);
+        // If the report is lost, its files are findings of their own, and it is reported again
+        // when it is next examined.
+        let is_reported = shared.observe(watched, Timestamp::now(), Source::Change, fact);
+        if is_reported {
+            self.reported.push_back(identity);
         }
-        is_told
+        is_reported
     }
 
-    /// A process has become another program, which has begun.
+    /// A process runs another program now, which has begun.
     pub(crate) fn has_begun(
         &mut self,
         shared: &Processes,
@@ -157,11 +156,11 @@ impl Packages {
         process: &Arc<Process>,
     ) {
         self.others.remove(&process.identity.pid);
-        self.looked_at(shared, watched, process);
+        self.note(shared, watched, process);
     }
 
-    /// A process that may be a package manager had ended before it could be looked at: the
-    /// kernel's records tell what it was, and by whom it was made.
+    /// A process that may be a package manager ended before it could be examined. The kernel's
+    /// records show its program and its parent.
     pub(crate) fn has_run(
         &mut self,
         shared: &Processes,
@@ -184,17 +183,17 @@ impl Packages {
         if !is_one || !is_image() {
             return;
         }
-        // Not zero: another one may have this number later.
+        // Not zero: another process may have this pid later.
         process.identity.start_time = shared.births().read_at(pid).unwrap_or(named.read_at);
         let process = Arc::new(process);
         self.remember(watched, process.clone());
-        self.tell_of(shared, watched, process);
+        self.report(shared, watched, process);
     }
 
-    /// A process executes something: it is whatever its parent is.
+    /// A process executes a file. It is a descendant if its parent is one.
     pub(crate) fn executes(&mut self, shared: &Processes, watched: &Arc<Watched>, stat: &Stat) {
         let pid = stat.identity.pid;
-        // Another program now.
+        // It runs another program now.
         self.others.remove(&pid);
         self.forget_ended();
         if let Some(known) = self.descendants.get(&pid) {
@@ -212,7 +211,7 @@ impl Packages {
                 return;
             }
             let parent = Arc::new(describe::as_it_is(&handle, watched));
-            self.looked_at(shared, watched, &parent);
+            self.note(shared, watched, &parent);
         }
         let Some(parent) = self.descendants.get(&stat.parent) else { return };
         if parent.process.identity.start_time > stat.identity.start_time {
@@ -225,7 +224,7 @@ impl Packages {
     fn remember(&mut self, watched: &Watched, process: Arc<Process>) {
         let pid = process.identity.pid;
         if self.descendants.len() >= MAX_DESCENDANTS && !self.descendants.contains_key(&pid) {
-            // What is not remembered stands alone.
+            // The files of a process that is not remembered are findings of their own.
             return;
         }
         self.others.remove(&pid);
@@ -239,7 +238,7 @@ impl Packages {
         (known.process.identity == identity).then_some(&*known.process.ancestors)
     }
 
-    /// Who a process was, if it descended from a package manager.
+    /// The description of a process that descended from a package manager.
     pub(crate) fn descended(
         &self,
         watched: &Watched,
@@ -249,7 +248,7 @@ impl Packages {
         if let Some(known) = self.descendant(watched, named) {
             return Some(known.clone());
         }
-        // One that has executed nothing is whatever its parent is.
+        // A process that has executed nothing is a descendant if its parent is one.
         let parents = births.parents_of(named);
         let parent = parents
             .take(MAX_GENERATIONS)
@@ -267,10 +266,10 @@ impl Packages {
 
     fn forget_ended(&mut self) {
         let now = Instant::now();
-        if self.descendants.is_empty() || self.next_look.is_some_and(|next| now < next) {
+        if self.descendants.is_empty() || self.next_check.is_some_and(|next| now < next) {
             return;
         }
-        self.next_look = Some(now + LOOK_EVERY);
+        self.next_check = Some(now + CHECK_EVERY);
         let now = procfs::ticks_since_boot();
         self.descendants.retain(|_, known| {
             if Handle::open_exactly(known.process.identity).is_ok() {
@@ -281,8 +280,8 @@ impl Packages {
     }
 }
 
-/// By the kernel's records: who is born in a container, and who may have become a
-/// package manager.
+/// Takes from the kernel's records which processes are born in containers, and which may have
+/// become a package manager.
 pub(crate) struct Descent {
     processes: Sender<Box<Seen>>,
 }
@@ -319,14 +318,14 @@ impl TraceConsumer for Descent {
                 shared.lose(
                     Failure::ProcessQueueFull,
                     Some(&dropped.watched),
-                    "too many processes wait to be looked at",
+                    "too many processes wait to be examined",
                 );
             }
         }
     }
 }
 
-/// Whether a process's program is a file of the image's layers, by the container's
+/// Whether a process's program is a file of the image's layers, reached through the container's
 /// own mount.
 fn runs_from_the_image(handle: &Handle, watched: &Watched) -> bool {
     let Ok(stat) = file::stat_path(handle.exe_path()) else { return false };
@@ -340,7 +339,7 @@ fn is_of_the_image(stat: &file::Stat, watched: &Watched) -> bool {
         && matches!(watched.standing(stat), Standing::Image | Standing::Doubtful(_))
 }
 
-/// A process of which only its parent is known.
+/// The description of a process of which only the parent is known.
 fn child_of(parent: &Process, identity: ProcessIdentity, tty: Option<String>) -> Process {
     let own =
         Ancestor { identity: parent.identity, exe: parent.exe.clone(), argv: parent.argv.clone() };

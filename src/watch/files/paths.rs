@@ -1,4 +1,8 @@
-//! The path of a file in its container, by what the kernel calls it.
+//! The path of a file in its container, from the name that the kernel gives it.
+//!
+//! The name of an event's descriptor depends on the mount through which it was opened. This
+//! file translates it to the path in the container's root overlay. Files on other mounts are
+//! found by `mounts::find`.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -9,14 +13,14 @@ use crate::sys::overlay;
 use crate::sys::procfs::Handle;
 use crate::watch::core::watched::Watched;
 
-/// What the kernel calls an event's file when we ask.
+/// The kernel's present name for an event's file.
 pub(crate) fn event_name(file: &OwnedFd) -> Result<Vec<u8>, UnknownPath> {
     let name = file::name_of(file.as_fd())?;
     if name.starts_with(b"/") { Ok(name) } else { Err(UnknownPath::NotAbsolute) }
 }
 
-/// The path of an event's file in its container: as the overlay has it, by
-/// whichever mount it was reached.
+/// The path of an event's file in its container: the path in the overlay, whatever mount it was
+/// opened through.
 pub(crate) fn event_path(
     watched: &Watched,
     file: &OwnedFd,
@@ -29,7 +33,7 @@ pub(crate) fn event_path(
     if let Some(rest) = name.strip_suffix(file::DELETED)
         && !is_somewhere(watched, name)
     {
-        // This name was removed, and the file has another one.
+        // The kernel added the suffix: this name was removed, and the file has another one.
         name = rest;
     }
     let below_root = overlay::strip_directory(name, &watched.root_name);
@@ -51,13 +55,13 @@ pub(crate) fn event_path(
     Ok(RootfsPath::new(below_root.unwrap_or(name))?)
 }
 
-/// Whether a name that the kernel gave is one that the container has.
+/// Whether a name that the kernel gave exists in the container.
 pub(crate) fn is_somewhere(watched: &Watched, name: &[u8]) -> bool {
     let below_root = overlay::strip_directory(name, &watched.root_name).unwrap_or(name);
     is_in_layers(watched, below_root).unwrap_or(true)
 }
 
-/// Whether a container's layers have this name; `None` if that cannot be asked.
+/// Whether a container's layers have this name; `None` if that cannot be checked.
 pub(crate) fn is_in_layers(watched: &Watched, name: &[u8]) -> Option<bool> {
     let (Some(layers), Ok(path)) = (watched.layers(), RootfsPath::new(name)) else { return None };
     let is_in_upper = file::open_directory(&layers.dirs.upperdir)
@@ -80,23 +84,23 @@ pub(crate) enum UnknownPath {
     Hostile(#[from] HostilePath),
 }
 
-/// The path to tell of a file that the kernel names so.
+/// The path to report for a file, from the kernel's name for it.
 pub(crate) fn path(name: &[u8], is_nameless: bool) -> Result<RootfsPath, HostilePath> {
     if !is_nameless {
         return RootfsPath::new(name);
     }
-    // Only then: a file may be named so.
+    // Only for a nameless file: a real name may end like this too.
     RootfsPath::new(name.strip_suffix(file::DELETED).unwrap_or(name)).map(without_number)
 }
 
-/// Whether the kernel may have named a file so that never had a name.
+/// Whether this may be the kernel's name for a file that never had one.
 pub(crate) fn has_a_number(path: &RootfsPath) -> bool {
     let number = path.file_name().strip_prefix(b"#").unwrap_or_default();
     !number.is_empty() && number.iter().all(u8::is_ascii_digit)
 }
 
-/// A file made with O_TMPFILE is named by its inode's number, which is another one
-/// each time: many of the same are one finding.
+/// The kernel names a file made with O_TMPFILE by its inode number, which differs each time.
+/// Without the number, such files of one directory become one finding.
 pub(crate) fn without_number(path: RootfsPath) -> RootfsPath {
     if !has_a_number(&path) {
         return path;
@@ -116,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_name_is_told_by_what_the_kernel_calls_it() {
+    fn a_nameless_file_is_reported_by_the_kernels_name() {
         check("/memfd:a (deleted)", true, "/memfd:a");
         check("/tmp/#4711 (deleted)", true, "/tmp/#tmpfile");
         check("/tmp/#47x (deleted)", true, "/tmp/#47x");

@@ -1,13 +1,13 @@
-//! Walks of upperdirs, and looks at single paths that have settled.
+//! The thread `scan`: scans upperdirs, and examines single paths that have settled.
 //!
-//! One thread serves all containers by turns ([`crate::watch::core::fair`]): a slice of one's
-//! changed files and of its walk, then a slice of another's. A walk and a file that
-//! is being read are values that wait between their slices. Walks that are made
-//! because time has passed take 2 % of a processor, those of all containers together;
-//! what somebody waits for takes half of one.
+//! It serves all containers in turns ([`crate::watch::core::fair`]): a slice of the changed
+//! files and of the walk of one container, then a slice of the next. A walk and a file that
+//! is being read are values that wait between their slices. Periodic scans of all
+//! containers together take 2 % of a processor. Urgent work takes half of one.
 //!
-//! Everything here is reached by descriptor, component by component, through no
-//! symlink: the upperdir's content is the container's to choose, its path is not.
+//! This file decides what is due and whose turn it is. `settle` examines paths, `walk` walks
+//! directories. All files are opened by descriptor, component by component, through no
+//! symlink: the container controls the content of its upperdir, but not the path to it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -30,79 +30,72 @@ use crate::watch::core::fair::{self, Pace, Turns};
 use crate::watch::core::message::SensorEvent;
 use crate::watch::core::watched::Watched;
 
-/// A walk is made at most this much less often than it takes, and those of all
-/// containers together take at most one part in so many of a processor.
+/// After a walk, its container's next one waits this many times as long as the walk took.
+/// Periodic walks of all containers together take at most this fraction of a processor.
 const REST_PER_WALK: u32 = 50;
 
-/// What sweeps may save up while nothing is walked.
-const SWEEP_BURST: Duration = Duration::from_millis(200);
+/// The processor time that periodic scans may save up while there are none.
+const PERIODIC_BURST: Duration = Duration::from_millis(200);
 
-/// How often it is looked for what is due, and how many times longer than that takes
-/// it is left alone.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-const REST_PER_LOOK: u32 = 50;
+/// How often the thread checks what is due, and how many times as long as the check took it
+/// waits before the next one.
+const CHECK_EVERY: Duration = Duration::from_millis(20);
+const REST_PER_CHECK: u32 = 50;
 
-/// How often it is asked whether something waits for too long.
-const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How often the thread checks whether something has waited too long.
+const DELAYS_EVERY: Duration = Duration::from_secs(1);
 
-/// Directories that walks which wait for their turn hold open. No other walk begins
-/// beyond that.
+/// The most directories that unfinished walks hold open. Beyond that no other walk begins.
 const MAX_OPEN: usize = 768;
 
 /// What the scan thread remembers of one container between walks.
 struct Memory {
     watched: Arc<Watched>,
     cache: Cache,
-    next_sweep: Instant,
+    next_scan: Instant,
     may_walk_from: Instant,
-    /// After a loss the walk is made sooner, but not without end.
+    /// After a loss a scan comes sooner, but not before this.
     may_rescan_from: Instant,
 }
 
 impl Memory {
-    fn new(watched: Arc<Watched>, next_sweep: Instant, now: Instant) -> Memory {
-        Memory {
-            watched,
-            cache: Cache::new(),
-            next_sweep,
-            may_walk_from: now,
-            may_rescan_from: now,
-        }
+    fn new(watched: Arc<Watched>, next_scan: Instant, now: Instant) -> Memory {
+        Memory { watched, cache: Cache::new(), next_scan, may_walk_from: now, may_rescan_from: now }
     }
 }
 
 pub(crate) struct Scan {
     pub(crate) shared: Arc<Files>,
-    pub(crate) orders: Receiver<ScanRequest>,
+    pub(crate) requests: Receiver<ScanRequest>,
     pub(crate) wake: Receiver<()>,
     memories: HashMap<ContainerId, Memory>,
     work: HashMap<ContainerId, Work>,
     turns: Turns<ContainerId>,
-    sweeps: Pace,
-    /// When it is looked next for what is due.
-    next_look: Instant,
-    last_asked: Instant,
-    /// Whose findings are known to be delayed, and where.
+    periodic: Pace,
+    /// When the thread next checks what is due.
+    next_check: Instant,
+    delays_checked: Instant,
+    /// The stages and containers whose findings are known to be delayed.
     late: HashSet<(&'static str, String)>,
 }
 
 impl Scan {
     pub(crate) fn new(
         shared: Arc<Files>,
-        orders: Receiver<ScanRequest>,
+        requests: Receiver<ScanRequest>,
         wake: Receiver<()>,
     ) -> Scan {
         let now = Instant::now();
         Scan {
             shared,
-            orders,
+            requests,
             wake,
             memories: HashMap::new(),
             work: HashMap::new(),
             turns: Turns::default(),
-            sweeps: Pace::new(REST_PER_WALK, SWEEP_BURST, now),
-            next_look: now,
-            last_asked: now,
+            periodic: Pace::new(REST_PER_WALK, PERIODIC_BURST, now),
+            next_check: now,
+            delays_checked: now,
             late: HashSet::new(),
         }
     }
@@ -115,41 +108,42 @@ impl Scan {
                 times_set = clock::times_set();
                 tracing::warn!(
                     "the machine's clock was set: programs of running containers are judged by \
-                     their content alone"
+                     their content only"
                 );
             }
-            let is_told = self.take_orders();
-            if is_told || self.next_look <= Instant::now() {
+            let has_requests = self.take_requests();
+            if has_requests || self.next_check <= Instant::now() {
                 let begun = Instant::now();
-                self.look();
-                self.next_look = Instant::now() + LOOK_EVERY.max(begun.elapsed() * REST_PER_LOOK);
+                self.find_due();
+                self.next_check =
+                    Instant::now() + CHECK_EVERY.max(begun.elapsed() * REST_PER_CHECK);
             }
             if self.serve_next() {
                 continue;
             }
             let idle = self.idle_time();
             match threads::idle(|| self.wake.recv_timeout(idle)) {
-                Ok(()) => self.next_look = Instant::now(),
+                Ok(()) => self.next_check = Instant::now(),
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
 
-    /// Whether there were any.
-    fn take_orders(&mut self) -> bool {
-        let mut is_told = false;
-        // The channel is bounded, and so is what was taken from it.
-        let taken: usize = self.work.values().map(|work| work.orders.len()).sum();
-        let room = self.orders.capacity().unwrap_or(usize::MAX).saturating_sub(taken);
-        for order in self.orders.try_iter().take(room) {
-            is_told = true;
+    /// Takes new requests. Returns whether there were any.
+    fn take_requests(&mut self) -> bool {
+        let mut has_requests = false;
+        // The channel is bounded, and so are the requests taken from it.
+        let taken: usize = self.work.values().map(|work| work.requests.len()).sum();
+        let room = self.requests.capacity().unwrap_or(usize::MAX).saturating_sub(taken);
+        for request in self.requests.try_iter().take(room) {
+            has_requests = true;
             let (ScanRequest::Scan { watched, .. }
             | ScanRequest::Last { watched }
-            | ScanRequest::Compare { watched, .. }) = &order;
+            | ScanRequest::Compare { watched, .. }) = &request;
             let work = self.work.entry(watched.container.clone()).or_default();
-            if let ScanRequest::Last { watched } = &order {
-                // It covers what of this one is still to be done.
+            if let ScanRequest::Last { watched } = &request {
+                // The last scan covers the remaining work for this container.
                 let is_its = |other: &Arc<Watched>| Arc::ptr_eq(other, watched);
                 work.below.retain(|(other, _)| !is_its(other));
                 work.taken.retain(|settled| !is_its(&settled.watched));
@@ -157,14 +151,14 @@ impl Scan {
                 work.walk.take_if(|walk| is_its(&walk.watched) && walk.ticket.is_none());
             }
             work.hurry();
-            work.orders.push_back(order);
+            work.requests.push_back(request);
         }
-        is_told
+        has_requests
     }
 
-    /// Looks for what is due: paths that have settled; containers that lost something,
-    /// those where drift was executed, and those whose turn has come.
-    fn look(&mut self) {
+    /// Finds what is due: paths that have settled, and scans of containers that lost events,
+    /// in which drift was executed, or whose interval has passed.
+    fn find_due(&mut self) {
         let now = Instant::now();
         for work in self.work.values_mut() {
             work.has_settled = false;
@@ -181,21 +175,21 @@ impl Scan {
                 .entry(watched.container.clone())
                 .or_insert_with(|| Memory::new(watched.clone(), now + interval, now));
             if !Arc::ptr_eq(&memory.watched, watched) {
-                // The container runs anew.
+                // The container was started again.
                 memory.watched = watched.clone();
                 memory.cache = Cache::new();
             }
         }
-        for container in self.shared.dirty.take_due_sweeps(now) {
+        for container in self.shared.dirty.take_due_scans(now) {
             if let Some(memory) = self.memories.get_mut(&container) {
-                memory.next_sweep = memory.next_sweep.min(now);
+                memory.next_scan = memory.next_scan.min(now);
             }
         }
         let has_room = self.shared.has_room();
         for watched in all {
             let memory = &self.memories[&watched.container];
             let is_urgent = has_room && watched.wants_rescan() && memory.may_rescan_from <= now;
-            if is_urgent || memory.next_sweep.max(memory.may_walk_from) <= now {
+            if is_urgent || memory.next_scan.max(memory.may_walk_from) <= now {
                 let work = self.work.entry(watched.container.clone()).or_default();
                 if is_urgent {
                     work.hurry();
@@ -204,14 +198,14 @@ impl Scan {
             }
         }
         self.work.retain(|_, work| !work.is_idle());
-        if self.last_asked.elapsed() >= ASK_EVERY {
-            self.last_asked = Instant::now();
-            self.ask_who_is_late();
+        if self.delays_checked.elapsed() >= DELAYS_EVERY {
+            self.delays_checked = Instant::now();
+            self.record_delays();
         }
     }
 
-    /// Counts and logs once whose findings come late. While they do, `status` says so.
-    fn ask_who_is_late(&mut self) {
+    /// Counts and logs once which findings are late. While they are, `status` shows it.
+    fn record_delays(&mut self) {
         let late = self.shared.backlogs().into_iter().filter(Backlog::is_late);
         let late: HashSet<_> = late.map(|backlog| (backlog.stage, backlog.container)).collect();
         for (stage, container) in late.difference(&self.late) {
@@ -227,16 +221,16 @@ impl Scan {
             self.work.values().map(|work| work.walk.as_ref().map_or(0, Walk::open)).sum();
         Allowed {
             urgent: self.shared.rest().is_zero(),
-            sweeps: self.sweeps.wait(Instant::now()).is_zero(),
+            periodic: self.periodic.wait(Instant::now()).is_zero(),
             begin: open < MAX_OPEN,
         }
     }
 
     fn idle_time(&mut self) -> Duration {
         let now = Instant::now();
-        // Nobody wakes this thread for a path that is to settle first.
+        // This thread is not woken for a path that has yet to settle.
         let tick = self.shared.settings.settle.min(Duration::from_millis(250));
-        let next = self.memories.values().map(|memory| memory.next_sweep.max(memory.may_walk_from));
+        let next = self.memories.values().map(|memory| memory.next_scan.max(memory.may_walk_from));
         let idle = next
             .chain(self.shared.dirty.next_due())
             .filter(|due| *due > now)
@@ -246,15 +240,14 @@ impl Scan {
         if !waits {
             return idle.max(Duration::from_millis(5));
         }
-        let rest = match (self.shared.rest(), self.sweeps.wait(now)) {
+        let rest = match (self.shared.rest(), self.periodic.wait(now)) {
             (Duration::ZERO, rest) | (rest, Duration::ZERO) => rest,
             (one, other) => one.min(other),
         };
         idle.min(rest).max(Duration::from_millis(2))
     }
 
-    /// Does a slice of work for the container whose turn it is; false if nothing can be
-    /// done now.
+    /// Does a slice of work for the next container; false if nothing can be done now.
     fn serve_next(&mut self) -> bool {
         let allowed = self.allowed();
         let ready = self.work.iter().filter(|(_, work)| work.is_ready(allowed));
@@ -286,13 +279,13 @@ impl Scan {
                 if walk.is_urgent {
                     self.shared.spend(used);
                 } else {
-                    self.sweeps.spend(used);
+                    self.periodic.spend(used);
                 }
                 match outcome {
                     Ok(false) => work.walk = Some(walk),
                     ended => {
                         if matches!(walk.extent, Extent::All | Extent::Last) {
-                            // What is due now was due before it.
+                            // A scan that is due now was due before this walk.
                             work.due = None;
                         }
                         self.end(walk, ended.is_ok());
@@ -307,10 +300,10 @@ impl Scan {
         bytes
     }
 
-    /// Begins the next walk of a container: what was ordered first.
+    /// Begins the next walk of a container; requested ones come first.
     fn begin(&mut self, work: &mut Work) -> Option<Walk> {
-        if let Some(order) = work.orders.pop_front() {
-            let (watched, ticket, extent) = match order {
+        if let Some(request) = work.requests.pop_front() {
+            let (watched, ticket, extent) = match request {
                 ScanRequest::Scan { watched, ticket } => (watched, ticket, Extent::All),
                 ScanRequest::Last { watched } => (watched, None, Extent::Last),
                 ScanRequest::Compare { watched, ticket } => {
@@ -321,7 +314,7 @@ impl Scan {
             return Some(self.begin_walk(&watched, ticket, extent, true));
         }
         while let Some((watched, path)) = work.below.pop_front() {
-            // Of one that has ended nothing is to be listened to any more.
+            // The directories of an ended container must not be marked again.
             if !watched.is_detaching() {
                 return Walk::below(&self.shared, &watched, &path);
             }
@@ -337,12 +330,12 @@ impl Scan {
         extent: Extent,
         is_urgent: bool,
     ) -> Walk {
-        // Told before the walk, so that the walk makes up for them.
+        // Losses are reported before the walk, so that the walk makes up for them.
         self.shared.report_losses();
         threads::about(&watched.container);
         let mut walk = Walk::new(watched, extent, is_urgent);
-        // Before the walk, so that what is lost during it asks for another; and before
-        // its time is taken, so that it never claims to make up for that.
+        // Taken before the walk, so that a loss during it causes another scan; and before its time
+        // of begin, so that it never claims to make up for such a loss.
         let is_lossy = watched.take_rescan();
         walk.began = Timestamp::now();
         self.shared.names.begin_walk(watched);
@@ -375,10 +368,10 @@ impl Scan {
                 self.shared.lose(
                     Failure::PipelineFull,
                     Some(&watched),
-                    "the pipeline had no room for a new directory's files for half a minute",
+                    "the pipeline accepted no files of a new directory for half a minute",
                 );
             }
-            // What could not be walked now is walked when all is.
+            // What failed now is found by a scan of the whole upperdir.
             if problem.is_some() {
                 self.shared.dirty.mark_for_sweep(&watched);
             }
@@ -402,13 +395,13 @@ impl Scan {
             self.shared.lose(
                 Failure::PipelineFull,
                 Some(&watched),
-                "the pipeline had no room for a scan for half a minute",
+                "the pipeline accepted no results of a scan for half a minute",
             );
         }
         if let Some(problem) = problem {
-            // The snapshot of a container that has ended may go at any time.
+            // The snapshot of an ended container may be removed at any time.
             if extent != Extent::Last {
-                let detail = format!("a walk of its upper layer is incomplete: {problem}");
+                let detail = format!("a scan of its upper layer is incomplete: {problem}");
                 self.shared.degrade(Failure::ScanIncomplete, Some(&watched), &detail);
             }
         }
@@ -433,7 +426,7 @@ impl Scan {
             && Arc::ptr_eq(&memory.watched, &watched)
         {
             memory.cache = seen;
-            memory.next_sweep = now + self.shared.settings.sweep_interval.max(rest);
+            memory.next_scan = now + self.shared.settings.sweep_interval.max(rest);
             memory.may_walk_from = now + rest;
             memory.may_rescan_from = now + cost * 2;
         }

@@ -1,7 +1,9 @@
-//! What the threads share of files: what has changed, by which process, and what layers
-//! hold.
+//! [`Files`]: the state of this wing that threads share. It holds the changed paths, the
+//! writers, the marks of directories, and the hashes of files.
 //!
-//! It carries what is known of processes, and with that the core.
+//! It carries `Processes`, and with that the core. The wings above carry `Files`. This file
+//! combines what `writers`, `packages` and the kernel's records know of a writer; each part
+//! keeps its own state behind its own lock.
 
 use std::ops::Deref;
 use std::sync::atomic::Ordering;
@@ -24,10 +26,10 @@ use crate::watch::core::watched::Watched;
 use crate::watch::process::named::Named;
 use crate::watch::process::shared::Processes;
 
-/// Changed files that have settled and wait to be looked at.
+/// The stage of changed files that have settled and wait to be examined.
 const SETTLED: &str = "settled";
 
-/// What is known of files, for all containers.
+/// What is known of the files of all containers.
 pub(crate) struct Files {
     pub(crate) processes: Arc<Processes>,
     pub(crate) lower_twins: LowerTwins,
@@ -65,7 +67,7 @@ impl Files {
         }
     }
 
-    /// Notes that a path is to be looked at once it has settled.
+    /// Notes that a path is to be examined once it has settled.
     pub(crate) fn mark_dirty(
         &self,
         watched: &Arc<Watched>,
@@ -74,13 +76,13 @@ impl Files {
         writer: Option<Writer>,
     ) {
         if !self.dirty.mark(watched, path, source, writer) {
-            // A walk finds it too; only who wrote it is not known any more.
+            // A scan finds the file too, but its writer is lost.
             self.health.left_to_sweeps.fetch_add(1, Ordering::Relaxed);
             watched.ask_for_walk();
         }
     }
 
-    /// What waits, of each container in each place, and for how long.
+    /// How much of each container waits in each stage, and for how long.
     pub(crate) fn backlogs(&self) -> Vec<Backlog> {
         let now = Instant::now();
         let stages = self.stages.get().into_iter().flatten();
@@ -101,42 +103,42 @@ impl Files {
         self.packages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who changed a file a moment ago.
+    /// The process that changed a file a moment ago.
     pub(crate) fn writer(&self, watched: &Arc<Watched>, pid: u32) -> Writer {
         let named = Named::now(pid);
         let process = self.writers().describe(pid, watched);
         if let Some(process) = &process {
-            self.packages().looked_at(self, watched, process);
+            self.packages().note(self, watched, process);
         }
         let process = self.completed(named, process);
         Writer { named, process }
     }
 
-    /// Who wrote a file a moment ago, which is remembered of the file.
+    /// The process that wrote a file a moment ago. It is remembered for this file.
     pub(crate) fn writer_to(&self, watched: &Arc<Watched>, pid: u32, stat: &file::Stat) -> Writer {
         let writer = self.writer(watched, pid);
         self.writers().remember(watched.device, stat, writer.clone());
         writer
     }
 
-    /// Who wrote a file of the upper layer last, by whatever name.
+    /// The last writer of a file of the upper layer, whatever name the file had.
     pub(crate) fn last_writer(&self, watched: &Watched, stat: &file::Stat) -> Option<Arc<Process>> {
         let writer = self.writers().of(watched.device, stat)?;
         self.process_of(watched, writer)
     }
 
-    /// The process, if it was looked at or descended from a package manager.
+    /// The writer's process, if it was examined or descended from a package manager.
     pub(crate) fn process_of(&self, watched: &Watched, writer: Writer) -> Option<Arc<Process>> {
         let Writer { named, process } = writer;
         let descended = self.packages().descended(watched, &self.births(), named);
         let process = match (process, descended) {
-            // Known by the records alone, which name its parents and not their start times:
-            // those of a package manager's descendants say whose transaction it is.
+            // Known from the kernel's records only, which have its parents but not their start
+            // times. The descendants of package managers have them, and with them the transaction.
             (Some(recorded), Some(descended)) if recorded.identity.start_time == 0 => {
                 let Process { exe, argv, .. } = Process::clone(&recorded);
                 Some(Arc::new(Process { exe, argv, ..Process::clone(&descended) }))
             }
-            // Its parents had ended when it was looked at.
+            // Its parents had ended when it was examined.
             (Some(process), Some(descended))
                 if [0, process.identity.start_time].contains(&descended.identity.start_time)
                     && process.ancestors.len() < descended.ancestors.len() =>
@@ -153,13 +155,13 @@ impl Files {
         self.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who wrote a path that has not settled yet, if that is known.
+    /// The writer of a path that has not settled yet, if it is known.
     pub(crate) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Arc<Process>> {
         let writer = self.dirty.writer_of(watched, path)?;
         self.process_of(watched, writer)
     }
 
-    /// Who wrote a file last, whatever it is called by now.
+    /// The last writer of a file, whatever its name is now.
     pub(crate) fn writer_of_file(
         &self,
         watched: &Watched,

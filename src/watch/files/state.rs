@@ -1,4 +1,8 @@
-//! An open file as the model's `FileState`.
+//! Builds the model's `FileState` from an open file: metadata, format and hash.
+//!
+//! All threads that hash files use it. A [`Reading`] can be put aside between slices, so that
+//! a large file of one container does not delay another. Opening files is left to callers,
+//! except for [`reopen`], which needs the proof of `sys::door` that reading cannot block.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
@@ -12,14 +16,13 @@ use crate::sys::hash::{self, Hashed, Hashes, Hashing};
 use crate::threads;
 use crate::watch::core::copy::Copy;
 
-/// Which files' content is hashed.
+/// Which files are hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
-    /// It is being executed, its path is watched, or the image has a program there: so
-    /// whatever it is.
+    /// Any file: it is being executed, its path is watched, or the image has a program there.
     Always,
-    /// Programs, as they are judged: an executable bit makes none of data, and a script is
-    /// none without it. There may be much of both, written again and again.
+    /// Only programs as the judgement defines them: data with an executable bit is not one, nor
+    /// is a script without it. There may be much of both, written again and again.
     Programs,
 }
 
@@ -43,7 +46,7 @@ pub(crate) fn unopened(stat: &Stat) -> FileState {
     }
 }
 
-/// The state of a symlink whose target matters: the text of it is its content.
+/// The state of a symlink whose target matters: its content is the text of the target.
 pub(crate) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
     let content = Content::Hashed {
         blake3: Blake3Hash(*blake3::hash(target).as_bytes()),
@@ -52,7 +55,7 @@ pub(crate) fn of_link(stat: &Stat, target: &[u8]) -> FileState {
     FileState { content, ..unopened(stat) }
 }
 
-/// What is left to tell of a file that nobody can look at any more.
+/// The state of a file that cannot be examined any more.
 pub(crate) fn gone(deleted: bool) -> FileState {
     FileState {
         file_type: FileType::Regular,
@@ -68,7 +71,7 @@ pub(crate) fn gone(deleted: bool) -> FileState {
     }
 }
 
-/// The state of a file of which there is a copy.
+/// The state of a file, from a copy of its content.
 pub(crate) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
     let bytes = copy.bytes();
     let Hashes { blake3, sha256 } = hash::hash_bytes(bytes);
@@ -80,7 +83,7 @@ pub(crate) fn of_copy(copy: &Copy, stat: &Stat) -> FileState {
     }
 }
 
-/// The state of what was mounted somewhere and cannot be asked.
+/// The state of a mount whose filesystem must not be accessed.
 pub(crate) fn of_mount() -> FileState {
     FileState {
         file_type: FileType::Directory,
@@ -89,17 +92,17 @@ pub(crate) fn of_mount() -> FileState {
     }
 }
 
-/// How much of a file is read before somebody is asked whether to go on.
+/// How many bytes are read before the caller decides whether to continue.
 pub(crate) const SLICE: u64 = 1 << 20;
 
-/// A file that is being looked into. It can be put aside at any time.
+/// A file that is being read. It can be put aside at any time.
 #[derive(Debug)]
 pub(crate) struct Reading {
     state: FileState,
     before: Stat,
     hash: Hashing,
     attempts: u32,
-    /// Of attempts that were given up.
+    /// The bytes of attempts that were given up.
     wasted: u64,
     max_hash_bytes: u64,
 }
@@ -112,12 +115,13 @@ pub(crate) enum Begun {
     Reads(Reading),
 }
 
-/// A file that changes while it is read has a hash that it never had.
+/// A file that changes while it is read is read again: the hash would match no content that
+/// the file ever had.
 const ATTEMPTS: u32 = 3;
 
 impl Reading {
-    /// Begins to look into an open file. `stat` is what its metadata is taken from,
-    /// `file` its content: of a metadata-only copy they are two inodes.
+    /// Begins to read an open file. The metadata is taken from `stat` and the content from
+    /// `file`: for a metadata-only copy they are two inodes.
     pub(crate) fn begin(
         file: BorrowedFd<'_>,
         stat: &Stat,
@@ -145,7 +149,7 @@ impl Reading {
         Begun::Reads(Reading { state, before, hash, attempts: 1, wasted: 0, max_hash_bytes })
     }
 
-    /// Reads on. `None`: there is more to read.
+    /// Reads one more slice. `None`: there is more to read.
     pub(crate) fn step(&mut self, file: BorrowedFd<'_>, slice: u64) -> Option<FileState> {
         threads::beat();
         let content = match self.hash.step(file, slice) {
@@ -174,7 +178,7 @@ impl Reading {
         Some(FileState { content, ..self.state.clone() })
     }
 
-    /// How many bytes were read or computed so far.
+    /// How many bytes have been read or computed so far.
     pub(crate) fn cost(&self) -> u64 {
         self.wasted + self.hash.cost()
     }
@@ -190,7 +194,7 @@ pub(crate) fn of(
     while_wanted(file, stat, which, max_hash_bytes, &|| true).unwrap_or_else(|| unopened(stat))
 }
 
-/// The same, given up as soon as nobody wants it any more: `None`.
+/// Like [`of`], but returns `None` as soon as the state is not wanted any more.
 pub(crate) fn while_wanted(
     file: BorrowedFd<'_>,
     stat: &Stat,
@@ -212,8 +216,8 @@ pub(crate) fn while_wanted(
     }
 }
 
-/// The state of a file that was opened only to ask what it is. Without the proof that
-/// nobody can make us wait for it, that is what the kernel knows of it.
+/// The state of a file that was opened with `O_PATH`. Without the proof that reading it cannot
+/// block, the state has only the metadata.
 pub(crate) fn state_of(
     file: BorrowedFd<'_>,
     stat: &Stat,
@@ -226,7 +230,7 @@ pub(crate) fn state_of(
     }
 }
 
-/// Opens it for reading, if it can be read without waiting.
+/// Opens the file for reading, if reading cannot block.
 pub(crate) fn reopen(file: BorrowedFd<'_>, stat: &Stat, local: Option<Local>) -> Option<OwnedFd> {
     let readable = local.filter(|_| stat.is_regular());
     readable.and_then(|local| door::reopen(file, local).ok())
@@ -240,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn w04_of_data_nothing_is_hashed_whatever_its_mode_is_and_of_a_program_everything() {
+    fn w04_data_is_not_hashed_in_any_mode_and_programs_are_hashed_whole() {
         const SIZE: u64 = 4 << 20;
         let check = |head: &[u8], mode: u32, which: Which, expected: u64| {
             let file = tempfile::tempfile().unwrap();
@@ -258,7 +262,7 @@ mod tests {
             };
             assert_eq!(hashed, expected, "{head:?} {mode:o} {which:?}");
             assert_eq!(state.blake3().is_some(), expected > 0);
-            // Whatever is hashed for its own sake is judged as a program, and nothing else.
+            // A file that is hashed under `Programs` is judged as a program, and no other is.
             assert!(which == Which::Always || state.is_program() == (expected > 0));
         };
         let elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0";
@@ -271,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_changes_while_it_is_put_aside_is_read_anew() {
+    fn a_file_that_changes_while_it_is_put_aside_is_read_again() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(3 << 20).unwrap();
         let stat = file::stat(&file).unwrap();
@@ -291,7 +295,7 @@ mod tests {
         let mut content = vec![0; 3 << 20];
         content[..7].copy_from_slice(b"changed");
         assert_eq!(state.blake3(), Some(Blake3Hash(*blake3::hash(&content).as_bytes())));
-        assert!(reading.cost() > 3 << 20, "what was wasted counts");
+        assert!(reading.cost() > 3 << 20, "wasted reads count");
     }
 
     #[test]

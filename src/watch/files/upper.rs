@@ -1,4 +1,8 @@
-//! Files of the container's own layer where the host keeps it, and their writers.
+//! Files of a container's upper layer, opened on the host's side of the overlay, and whether
+//! they have writers.
+//!
+//! `exec` and `code` use it for files that are executed or mapped. The overlay hides writers
+//! and inodes of the upper layer; here they are visible. It does not judge what it finds.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -9,23 +13,21 @@ use crate::sys::handle::FileHandle;
 use crate::sys::lease;
 use crate::watch::core::watched::Watched;
 
-/// Whether a file of the container's own layer that is read or mapped as code has a
-/// writer now. Nothing keeps such a file from being written to.
+/// Whether a file of the upper layer that is read or mapped as code has a writer now. The kernel
+/// does not prevent writes to such a file.
 pub(crate) fn has_writer(watched: &Watched, path: &RootfsPath, stat: &Stat) -> bool {
     let fd = upper(watched, path, stat);
     fd.is_some_and(|fd| lease::has_writer(fd.as_fd()).unwrap_or(false))
 }
 
-/// Opens a file of the container's own layer in that layer. `None` if it has another
-/// name by now.
+/// Opens a file of the upper layer on the host's side. `None` if it has another name by now.
 pub(crate) fn upper(watched: &Watched, path: &RootfsPath, stat: &Stat) -> Option<OwnedFd> {
     let upper = file::open_directory(&watched.layers()?.dirs.upperdir).ok()?;
     let (fd, found) = file::open_file_beneath(&upper, path.relative()).ok()?;
     (found.is_regular() && is_same(&found, stat)).then_some(fd)
 }
 
-/// Listens to the directory of the upper layer that holds a file, which no walk may
-/// have come to yet.
+/// Listens to the upper layer's directory of a file, because a walk may not have reached it yet.
 pub(crate) fn listen_near(
     shared: &Files,
     watched: &Watched,
@@ -38,8 +40,8 @@ pub(crate) fn listen_near(
     Some(handle)
 }
 
-/// Whether both are one file of the upper layer. An overlay shows the number of the
-/// image's inode for a copy of its file, and the times of the copy.
+/// Whether both are the same file of the upper layer. For a copy of an image's file, an overlay
+/// shows the inode number of the image's file and the times of the copy.
 pub(crate) fn is_same(upper: &Stat, overlay: &Stat) -> bool {
     match (upper.born, overlay.born) {
         (Some(upper), Some(overlay)) => upper == overlay,
@@ -47,7 +49,7 @@ pub(crate) fn is_same(upper: &Stat, overlay: &Stat) -> bool {
     }
 }
 
-/// Whether a file may hold something else than when it was looked at before.
+/// Whether a file's content may have changed between two examinations.
 pub(crate) fn has_changed(before: &Stat, now: &Stat) -> bool {
     (before.changed, before.modified, before.size) != (now.changed, now.modified, now.size)
 }

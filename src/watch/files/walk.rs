@@ -1,4 +1,8 @@
-//! One walk of an upper layer: a value that waits between its slices.
+//! One recursive walk of an upper layer: a value that waits between its slices.
+//!
+//! It marks each directory before it lists it (`names`, `closings`), reads files with `entry`,
+//! and sends observations in batches. Files that have not settled are left to `settle`. It
+//! does not decide when a walk begins or how fast it goes on: that is `scan`.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -10,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use jiff::Timestamp;
 use rustix::fs::Dir;
 
-use super::entry::{self, EntryReading, Found, Look, OpenPlace, Slice};
+use super::entry::{self, EntryReading, Examined, Found, OpenPlace, Slice};
 use super::lower::{self, LowerNames};
 use super::names::Deaf;
 use super::shared::Files;
@@ -34,15 +38,15 @@ pub(crate) const MAX_PATH: usize = 4096;
 
 pub(crate) const BATCH: usize = 512;
 
-/// Entries of one upperdir that are remembered between walks.
+/// The most entries of one upperdir that are remembered between walks.
 pub(crate) const MAX_CACHED: usize = 64 * 1024;
 
-/// A file is hashed again in each walk until its ctime was this old when it was
-/// hashed. A store through a shared mapping changes the content and leaves the
-/// ctime as it is until the kernel has written the page back, half a minute later.
+/// A file is hashed again in each walk until its ctime was this old when it was hashed. A store
+/// through a shared mapping changes the content but not the ctime until the kernel has written
+/// the page back, half a minute later.
 pub(crate) const STABLE_AFTER: Duration = Duration::from_secs(60);
 
-/// What a walk found at a path, and by what it can be known again.
+/// What a walk found at a path, and the metadata by which it is recognised.
 #[derive(Clone)]
 pub(crate) struct Cached {
     pub(crate) stat: Stat,
@@ -52,7 +56,7 @@ pub(crate) struct Cached {
 
 pub(crate) type Cache = HashMap<RootfsPath, Cached>;
 
-/// How much of an upperdir is walked, and what for.
+/// How much of an upperdir is walked, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
     All,
@@ -60,7 +64,7 @@ pub(crate) enum Extent {
     Last,
     /// One directory with everything below it.
     Below,
-    /// The container does not run: nothing is listened to, and nobody is known to write.
+    /// The container does not run: no directory is marked, and no writer is known.
     Stopped,
 }
 
@@ -69,21 +73,21 @@ pub(crate) struct Walk {
     pub(crate) watched: Arc<Watched>,
     pub(crate) ticket: Option<u64>,
     pub(crate) extent: Extent,
-    /// Somebody waits for it.
+    /// Requested, after a loss, or for a new directory: not bound to the pace of periodic scans.
     pub(crate) is_urgent: bool,
-    /// Files that have not settled are left to who looks at them then.
+    /// Files that have not settled are left to `settle`.
     pub(crate) leaves_settling: bool,
     pub(crate) writers: HashMap<RootfsPath, Arc<Process>>,
     /// From the last walk, and for the next one.
     pub(crate) known: Cache,
     pub(crate) seen: Cache,
     pub(crate) batch: Vec<Observation>,
-    /// The first reason for which the walk is not complete.
+    /// The first reason why the walk is incomplete.
     pub(crate) problem: Option<String>,
     pub(crate) began: Timestamp,
-    /// What it has taken of a processor.
+    /// The processor time that it has used.
     pub(crate) cost: Duration,
-    /// The directories that it is in. One descriptor for each is open.
+    /// The directories from its start to the current one, with one open descriptor each.
     pub(crate) directories: Vec<Directory>,
     pub(crate) reading: Option<WalkedFile>,
 }
@@ -95,18 +99,18 @@ pub(crate) struct Directory {
     pub(crate) depth: usize,
     pub(crate) holds_file_whiteouts: bool,
     pub(crate) in_image: bool,
-    /// Names of the layers below that it hides, if it is opaque.
+    /// The names in the layers below that it hides, if it is opaque.
     pub(crate) hidden: std::vec::IntoIter<Vec<u8>>,
 }
 
-/// A file that a walk has come to and that is being read.
+/// A file that a walk has reached and is reading.
 pub(crate) struct WalkedFile {
     pub(crate) path: RootfsPath,
     pub(crate) is_stable: bool,
     pub(crate) reading: Box<EntryReading>,
 }
 
-/// The thread is to end, or the pipeline has no room.
+/// The thread is to end, or the pipeline accepts no more.
 pub(crate) struct Interrupted;
 
 impl Walk {
@@ -129,8 +133,8 @@ impl Walk {
         }
     }
 
-    /// A walk of a directory that is new or was moved: listens to everything below it,
-    /// and tells what it holds.
+    /// A walk of a directory that is new or was moved: listens to all directories below it and
+    /// reports what they hold.
     pub(crate) fn below(shared: &Files, watched: &Arc<Watched>, path: &RootfsPath) -> Option<Walk> {
         let layers = watched.layers()?;
         let mut walk = Walk::new(watched, Extent::Below, true);
@@ -142,7 +146,7 @@ impl Walk {
                 let in_image = lower::holds(layers, path);
                 walk.enter(shared, layers, directory, path.clone(), depth, in_image);
             }
-            // Gone again, which is told too.
+            // If it is gone again, an event reports that too.
             Err(err) => walk.note(format!("cannot open {path}: {err}")),
         }
         Some(walk)
@@ -176,7 +180,7 @@ impl Walk {
         self.directories.len()
     }
 
-    /// Listens to a directory before it is listed, or no more.
+    /// Starts to listen to a directory before it is listed, or stops in the last walk.
     pub(crate) fn listen(&mut self, shared: &Files, path: &RootfsPath, directory: &OwnedFd) {
         let names = &shared.names;
         if self.extent == Extent::Stopped {
@@ -195,7 +199,8 @@ impl Walk {
             }
             Err(Deaf::Refused(err, true)) => (Failure::MarkRefused, format!("{path}: {err}")),
         };
-        let detail = format!("not every directory can be listened to, sweeps do the rest: {why}");
+        let detail =
+            format!("only scans find changes in some directories, which cannot be marked: {why}");
         shared.degrade(failure, Some(&self.watched), &detail);
     }
 
@@ -203,7 +208,7 @@ impl Walk {
         self.problem.get_or_insert(problem);
     }
 
-    /// Goes on with everything in a directory.
+    /// Continues the walk in a directory.
     pub(crate) fn enter(
         &mut self,
         shared: &Files,
@@ -215,7 +220,7 @@ impl Walk {
     ) {
         self.listen(shared, &path, &directory);
         let opacity = overlay::opacity(&directory, layers.userxattr).unwrap_or_else(|err| {
-            self.note(format!("cannot tell what {path} hides: {err}"));
+            self.note(format!("cannot find out what {path} hides: {err}"));
             Opacity::Transparent
         });
         let mut hidden = Vec::new();
@@ -238,7 +243,7 @@ impl Walk {
         }
     }
 
-    /// Goes on for a slice; true when it is done.
+    /// Continues for a slice. Returns true when the walk is done.
     pub(crate) fn step(&mut self, shared: &Files, slice: &mut Slice) -> Result<bool, Interrupted> {
         let watched = self.watched.clone();
         let Some(layers) = watched.layers() else { return Ok(true) };
@@ -280,7 +285,7 @@ impl Walk {
         Ok(false)
     }
 
-    /// Looks at one name in the directory that the walk is in.
+    /// Handles one name in the directory that the walk is in.
     pub(crate) fn listed(&mut self, shared: &Files, layers: &Layers, name: &CStr) {
         let Some(directory) = self.directories.last() else { return };
         if matches!(name.to_bytes(), b"." | b"..") {
@@ -293,7 +298,7 @@ impl Walk {
             return self.note(problem);
         }
         let opened = directory.open();
-        // An entry that vanishes between listing and looking is no error.
+        // An entry that vanishes after it was listed is not an error.
         match opened.and_then(|place| Ok((place, file::stat_at(place.directory, name)?))) {
             Ok((place, stat)) if stat.file_type == FileType::Directory => {
                 if depth >= MAX_DEPTH {
@@ -317,32 +322,32 @@ impl Walk {
                 self.entry(shared, layers, child, stat);
             }
             Err(err) if entry::is_gone(&err) => (),
-            Err(err) => self.note(format!("cannot look at {child}: {err}")),
+            Err(err) => self.note(format!("cannot examine {child}: {err}")),
         }
     }
 
     pub(crate) fn entry(&mut self, shared: &Files, layers: &Layers, path: RootfsPath, stat: Stat) {
         if self.leaves_settling {
-            // It is looked at when it has settled, and told with who wrote it.
+            // It is examined when it has settled, and reported with its writer.
             if shared.dirty.is_dirty(&self.watched.container, &path) {
                 return;
             }
-            // Its event may still be on its way. Where its change lies ahead, no waiting
-            // would make it older.
+            // Its event may still be on its way. A file whose change lies in the future has no
+            // age, since waiting would not make it older.
             let is_young = stat.age().is_some_and(|age| age < shared.settings.settle);
             if self.extent != Extent::Last && is_young {
                 return shared.mark_dirty(&self.watched, path, Source::Scan, None);
             }
         }
         let is_whole = |cached: &Cached| {
-            // What starts the container is known later than what lies in it.
-            // A link is looked at each time: where it leads is not remembered with it.
+            // Whether a path is sensitive may become known after it was cached, with the process
+            // that starts the container. A link is read each time: its target is not cached.
             match cached.state.file_type {
                 FileType::Symlink => {
                     !shared.leads_to_sensitive(&self.watched, &path)
                         && !shared.is_sensitive(&self.watched, &path)
                 }
-                // Whoever asks for the differences wants to know whether it is one.
+                // A requested comparison must know whether a data file differs.
                 _ => {
                     cached.state.content != Content::Unhashed(Unhashed::NotAProgram)
                         || self.ticket.is_none() && !shared.is_sensitive(&self.watched, &path)
@@ -358,15 +363,15 @@ impl Walk {
         let is_stable = is_stable(&stat);
         let Some(directory) = self.directories.last() else { return };
         let compares_data = self.ticket.is_some();
-        let looked = directory.open().and_then(|place| {
+        let examined = directory.open().and_then(|place| {
             let place = OpenPlace { compares_data, ..place };
             entry::entry(shared, &self.watched, layers, place, &path, stat)
         });
-        match looked {
-            Ok(Look::Reading(reading)) => {
+        match examined {
+            Ok(Examined::Reading(reading)) => {
                 self.reading = Some(WalkedFile { path, is_stable, reading });
             }
-            Ok(Look::Found(found)) => self.found(shared, path, found, is_stable),
+            Ok(Examined::Found(found)) => self.found(shared, path, found, is_stable),
             Err(err) if entry::is_gone(&err) => (),
             Err(err) => {
                 self.note(format!("cannot read {path}: {err}"));
@@ -410,7 +415,7 @@ impl Walk {
             is_watched.then(|| shared.last_writer(&self.watched, &cached.stat)).flatten()
         });
         let Cached { stat, state, lower } = cached;
-        // What could not be read is tried again next time.
+        // A file that could not be read is tried again in the next walk.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
         if is_known && is_stable && self.seen.len() < MAX_CACHED {
             self.seen.insert(path.clone(), Cached { stat, state: state.clone(), lower });
@@ -423,8 +428,8 @@ impl Walk {
         self.push(shared, Fact::Absent { path, writer });
     }
 
-    /// Who changed a path that has not settled yet: what is found here is told, and
-    /// would be told without its writer.
+    /// The writer of a path that has not settled yet. The walk reports the path first, and would
+    /// otherwise report it without its writer.
     pub(crate) fn writer(&mut self, shared: &Files, path: &RootfsPath) -> Option<Arc<Process>> {
         if self.extent == Extent::Stopped {
             return None;
@@ -465,21 +470,22 @@ impl Directory {
 
     /// The path of a name in the layers below, if this directory hides it.
     pub(crate) fn hides(&self, name: &[u8]) -> Option<RootfsPath> {
-        // A whiteout is reported when the walk comes to it.
+        // A whiteout is reported when the walk reaches it.
         let stat = self.open().and_then(|place| file::stat_at(place.directory, name));
         if stat.is_err_and(|err| entry::is_gone(&err)) { self.path.join(name).ok() } else { None }
     }
 }
 
-/// Whether a hash made now stays true for as long as the file looks the same.
+/// Whether a hash computed now stays valid as long as the file's metadata stay the same.
 pub(crate) fn is_stable(stat: &Stat) -> bool {
     let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else { return false };
     let Ok(changed) = u64::try_from(stat.changed.seconds) else { return true };
     now.as_secs() >= changed.saturating_add(STABLE_AFTER.as_secs())
 }
 
-/// Whether something in an upper layer can be more than data. What a walk was
-/// ordered for is told whole; what changes all the time is not.
+/// Whether something in an upper layer can be more than data. A full scan reports everything
+/// that it finds. Single changes and new directories, of which there may be many, are reported
+/// only as far as this holds.
 pub(crate) fn matters(
     shared: &Files,
     watched: &Watched,

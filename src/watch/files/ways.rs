@@ -1,6 +1,9 @@
-//! Other ways by which a container reaches its files: a directory where persistence is
-//! watched for, or one above it, that has become a link, or that something was mounted
-//! over. What lies behind it is then as good as in the place itself.
+//! Other paths by which a container reaches sensitive files: a directory that is watched for
+//! persistence, or one above it, became a link or was mounted over. Files behind the link
+//! or mount then count as files of the sensitive directory.
+//!
+//! `walk`, `settle` and `mounts` call it. The known ways are in `core::ways`. It reports new
+//! mounts over sensitive places, and requests a scan when a new way is found.
 
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -18,8 +21,8 @@ use crate::watch::core::ways::MAX_WAYS;
 use crate::watch::process::reach;
 use crate::watch::process::shared::Processes;
 
-/// Looks once at what the image itself has: links on the way to places where persistence
-/// is watched for, and homes that are elsewhere than usual. A home counts as `/home/USER`.
+/// Reads the image once: links on the paths of places that are watched for persistence, and
+/// home directories in unusual places, which count as `/home/USER`.
 pub(crate) fn learn_image(shared: &Processes, watched: &Watched) {
     let Some(layers) = watched.layers() else { return };
     if watched.ways.knows_image() {
@@ -28,7 +31,7 @@ pub(crate) fn learn_image(shared: &Processes, watched: &Watched) {
     let links = shared.settings.persistence.literal().into_iter().filter_map(|place| {
         let from = RootfsPath::new(&place).ok()?;
         let mut to = from.clone();
-        // No image has a longer chain that leads anywhere.
+        // Bounded, since links can form a circle. Real images have shorter chains.
         for _ in 0..8 {
             let Some(target) = lower::link_target(layers, &to) else { break };
             to = to.resolve(&target)?;
@@ -42,10 +45,10 @@ pub(crate) fn learn_image(shared: &Processes, watched: &Watched) {
     watched.ways.set_of_image(ways);
 }
 
-/// More of an image's `/etc/passwd` is not read.
+/// The most that is read of an image's `/etc/passwd`.
 const MAX_USERS_BYTES: u64 = 64 << 10;
 
-/// The homes of users that are not where homes usually are.
+/// The home directories that are in unusual places, each after its usual path.
 fn homes(users: &[u8]) -> Vec<(RootfsPath, RootfsPath)> {
     let of = |line: &[u8]| {
         let mut fields = line.split(|&byte| byte == b':');
@@ -58,10 +61,10 @@ fn homes(users: &[u8]) -> Vec<(RootfsPath, RootfsPath)> {
     users.split(|&byte| byte == b'\n').filter_map(of).collect()
 }
 
-/// A link that leads away from a sensitive place.
+/// Notes a link that leads away from a sensitive place.
 pub(crate) fn note_link(shared: &Processes, watched: &Watched, link: &RootfsPath, target: &[u8]) {
     let from = watched.ways.leading_to(link).unwrap_or_else(|| link.clone());
-    // By its text, also where nothing is there yet, and where the kernel says that it ends.
+    // Both by its text, even if nothing exists there yet, and by where the kernel finds its end.
     let by_text = link.resolve(target);
     let at_last = || {
         let init = Handle::open_exactly(watched.init).ok()?;
@@ -79,13 +82,13 @@ pub(crate) fn note_link(shared: &Processes, watched: &Watched, link: &RootfsPath
         is_news |= watched.ways.add(&from, to, Some(link));
     }
     if is_news {
-        // What lies there already has been taken for data.
+        // Files that are there already were taken for data.
         watched.ask_for_walk();
         shared.wake_scan();
     }
 }
 
-/// What a container, and not its runtime, has mounted over a sensitive place.
+/// Notes and reports what a container, and not its runtime, has mounted over a sensitive place.
 pub(crate) fn note_mounts(
     shared: &Processes,
     watched: &Arc<Watched>,
@@ -101,7 +104,7 @@ pub(crate) fn note_mounts(
     let there = || sensitive.iter().map(|(_, mount)| mount.mount_point.clone()).collect();
     let before = watched.ways.replace_mounted(there());
     for (at, mount) in sensitive {
-        // A runtime mounts nothing of the container's own root.
+        // Runtimes do not mount parts of the container's own root.
         let is_own = mount.device == watched.device && mount.root != b"/";
         let is_new = before.as_ref().is_some_and(|before| !before.contains(&mount.mount_point));
         let to = RootfsPath::new(&mount.root).ok().filter(|_| is_own);
@@ -115,7 +118,7 @@ pub(crate) fn note_mounts(
         let stat = root
             .and_then(|root| mounts::reach(&root, &mount.mount_point))
             .and_then(|reached| file::stat(&reached));
-        // Behind a filesystem that would have to be asked there may be anything.
+        // If its filesystem could block, it must not be accessed, and its content is unknown.
         let state = stat.map_or_else(|_| state::of_mount(), |stat| state::unopened(&stat));
         let fact = Fact::Present { path: at, state, lower: None, writer: None };
         shared.observe(watched, Timestamp::now(), Source::Change, fact);
@@ -132,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn r22_homes_are_where_the_images_users_have_them() {
+    fn r22_homes_are_where_the_image_defines_them() {
         let users = b"root:x:0:0::/root:/bin/sh\nbob:x:1:1::/home/b:/bin/sh\n\
             postgres:x:70:70::/var/lib/postgresql:/bin/sh\nnone:x:2:2::/:\nbad\n";
         let homes = homes(users);

@@ -1,4 +1,7 @@
-//! What is to be done for one container by the scan thread, and what of it may be done now.
+//! The work of the thread `scan` for one container, and which of it may be done now.
+//!
+//! `control` sends [`ScanRequest`]s, and the scan thread adds what is due. This file decides
+//! what is ready, from values alone. `scan` does the work.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,25 +12,25 @@ use super::walk::Walk;
 use crate::model::RootfsPath;
 use crate::watch::core::watched::Watched;
 
-/// An upperdir that is to be walked now.
+/// A request to scan an upperdir now.
 #[derive(Debug)]
 pub(crate) enum ScanRequest {
     Scan {
         watched: Arc<Watched>,
         ticket: Option<u64>,
     },
-    /// The container has ended: a last walk, then forget it.
+    /// The container has ended: a last scan, then forget it.
     Last {
         watched: Arc<Watched>,
     },
-    /// The container does not run, and somebody asks what it holds.
+    /// The container does not run, and a client asks what it holds.
     Compare {
         watched: Arc<Watched>,
         ticket: u64,
     },
 }
 
-/// What of one container is being done, and what is to be done next.
+/// The current and the next work for one container.
 #[derive(Default)]
 pub(crate) struct Work {
     /// Some of its paths have settled.
@@ -35,13 +38,13 @@ pub(crate) struct Work {
     pub(crate) taken: VecDeque<Settled>,
     pub(crate) reading: Option<(Settled, Box<EntryReading>)>,
     pub(crate) walk: Option<Walk>,
-    pub(crate) orders: VecDeque<ScanRequest>,
+    pub(crate) requests: VecDeque<ScanRequest>,
     /// Directories that are new or were moved.
     pub(crate) below: VecDeque<(Arc<Watched>, RootfsPath)>,
     pub(crate) due: Option<Due>,
 }
 
-/// A walk that nobody has ordered.
+/// A scan that is due without a request.
 pub(crate) struct Due {
     pub(crate) watched: Arc<Watched>,
     pub(crate) is_urgent: bool,
@@ -51,7 +54,8 @@ pub(crate) struct Due {
 #[derive(Clone, Copy)]
 pub(crate) struct Allowed {
     pub(crate) urgent: bool,
-    pub(crate) sweeps: bool,
+    /// Periodic scans, which are not urgent.
+    pub(crate) periodic: bool,
     /// Another walk may begin.
     pub(crate) begin: bool,
 }
@@ -62,11 +66,11 @@ impl Work {
     }
 
     pub(crate) fn walks(&self, allowed: Allowed) -> bool {
-        let Allowed { urgent, sweeps, begin } = allowed;
-        let may = |is_urgent| if is_urgent { urgent } else { sweeps };
+        let Allowed { urgent, periodic, begin } = allowed;
+        let may = |is_urgent| if is_urgent { urgent } else { periodic };
         match (&self.walk, &self.due) {
             (Some(walk), _) => may(walk.is_urgent),
-            (None, _) if !self.orders.is_empty() || !self.below.is_empty() => begin && urgent,
+            (None, _) if !self.requests.is_empty() || !self.below.is_empty() => begin && urgent,
             (None, Some(due)) => begin && may(due.is_urgent),
             (None, None) => false,
         }
@@ -77,12 +81,11 @@ impl Work {
     }
 
     pub(crate) fn is_idle(&self) -> bool {
-        let everything = Allowed { urgent: true, sweeps: true, begin: true };
+        let everything = Allowed { urgent: true, periodic: true, begin: true };
         !self.is_ready(everything)
     }
 
-    /// Something is to be walked that a walk which has begun does not make up for:
-    /// that one is not to keep it waiting.
+    /// Makes the current walk urgent: something else waits for its end that it does not cover.
     pub(crate) fn hurry(&mut self) {
         if let Some(walk) = &mut self.walk {
             walk.is_urgent = true;
@@ -96,33 +99,33 @@ mod tests {
     use crate::watch::core::watched::some_container;
     use crate::watch::files::walk::Extent;
 
-    const CLOSED: Allowed = Allowed { urgent: false, sweeps: false, begin: true };
+    const CLOSED: Allowed = Allowed { urgent: false, periodic: false, begin: true };
     const URGENT: Allowed = Allowed { urgent: true, ..CLOSED };
-    const SWEEPS: Allowed = Allowed { sweeps: true, ..CLOSED };
+    const PERIODIC: Allowed = Allowed { periodic: true, ..CLOSED };
 
     #[track_caller]
     fn check(work: &Work, expected: [bool; 3]) {
-        let ready = [CLOSED, URGENT, SWEEPS].map(|allowed| work.is_ready(allowed));
-        assert_eq!(ready, expected, "closed, urgent, sweeps");
-        // However much waits, no walk begins where too many directories are open.
+        let ready = [CLOSED, URGENT, PERIODIC].map(|allowed| work.is_ready(allowed));
+        assert_eq!(ready, expected, "closed, urgent, periodic");
+        // However much waits, no walk begins while too many directories are open.
         let begins = work.walk.is_none() && !work.settles();
         assert!(!begins || !work.is_ready(Allowed { begin: false, ..URGENT }));
     }
 
     #[test]
-    fn w14_sweeps_wait_for_their_pace_and_nothing_else_does() {
+    fn w14_only_periodic_scans_wait_for_their_pace() {
         let watched = Arc::new(some_container(1));
         let due = |is_urgent| Some(Due { watched: watched.clone(), is_urgent });
         check(&Work::default(), [false; 3]);
         check(&Work { due: due(false), ..Work::default() }, [false, false, true]);
         check(&Work { due: due(true), ..Work::default() }, [false, true, false]);
         check(&Work { has_settled: true, ..Work::default() }, [false, true, false]);
-        let order = ScanRequest::Scan { watched: watched.clone(), ticket: Some(1) };
-        check(&Work { orders: [order].into(), ..Work::default() }, [false, true, false]);
+        let request = ScanRequest::Scan { watched: watched.clone(), ticket: Some(1) };
+        check(&Work { requests: [request].into(), ..Work::default() }, [false, true, false]);
         let walk = |is_urgent| Some(Walk::new(&watched, Extent::All, is_urgent));
         let mut work = Work { walk: walk(false), due: due(true), ..Work::default() };
         check(&work, [false, false, true]);
-        // What a sweep does not make up for is not to wait for its end.
+        // Work that a periodic scan does not cover must not wait for its end.
         work.hurry();
         check(&work, [false, true, false]);
     }

@@ -1,10 +1,9 @@
-//! Who wrote what, for as long as anybody may ask.
+//! The last writer of each file, kept until the change has been reported.
 //!
-//! An event names its writer by a pid, and the writer may be gone when the event is
-//! read. Then who it was is asked later, when the change is told: by then it is
-//! known which processes descend from a package manager. And a file may have
-//! another name when a walk finds it than it had when it was written, so writers
-//! are remembered by the file.
+//! An event names its writer by a pid, and the writer may have ended when the event is read.
+//! Then it is identified later, when the change is reported: by then the descendants of
+//! package managers are known (`packages`, `shared`). A file may also have another name when
+//! a walk finds it than when it was written, so writers are remembered by file, not by name.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,21 +15,21 @@ use crate::watch::core::watched::Watched;
 use crate::watch::process::describe;
 use crate::watch::process::named::Named;
 
-/// Processes that have been described.
+/// The most described processes that are kept.
 const MOST_PROCESSES: usize = 64;
-/// Half of how many files are remembered.
+/// Half of the number of files that are remembered.
 const GENERATION: usize = 8 * 1024;
 
-/// Who wrote a file, as far as that is known.
+/// The writer of a file, as far as it is known.
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
     pub(crate) named: Named,
-    /// `None` if it had ended before it could be looked at.
+    /// `None` if it had ended before it could be examined.
     pub(crate) process: Option<Arc<Process>>,
 }
 
-/// A file of a container, whatever its name is. The number of its inode is used
-/// again, the time of its birth is not.
+/// Identifies a file of a container whatever its name. Inode numbers are reused, the time of
+/// birth is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Written {
     overlay: u64,
@@ -46,8 +45,7 @@ impl Written {
 
 #[derive(Debug, Default)]
 pub(crate) struct Writers {
-    /// One that unpacks an archive writes thousands of files, and need not be
-    /// described for each.
+    /// A process that unpacks an archive writes thousands of files and is described once.
     processes: HashMap<u32, (ArgumentArea, Arc<Process>)>,
     young: HashMap<Written, Writer>,
     old: HashMap<Written, Writer>,
@@ -75,7 +73,7 @@ impl Writers {
         Some(process)
     }
 
-    /// The last one who wrote a file is remembered, known or not.
+    /// Remembers the last writer of a file, even if its process is not known.
     pub(crate) fn remember(&mut self, overlay: u64, stat: &file::Stat, writer: Writer) {
         let Some(written) = Written::new(overlay, stat) else { return };
         if self.young.len() >= GENERATION {
@@ -84,7 +82,7 @@ impl Writers {
         self.young.insert(written, writer);
     }
 
-    /// Who wrote a file last. The file is one of an upper layer, looked at there.
+    /// The last writer of a file of an upper layer that was examined there.
     pub(crate) fn of(&self, overlay: u64, stat: &file::Stat) -> Option<Writer> {
         let written = Written::new(overlay, stat)?;
         self.young.get(&written).or_else(|| self.old.get(&written)).cloned()
@@ -115,7 +113,7 @@ mod tests {
         writers.remember(1, &stat(&one), written_by(7));
         std::fs::rename(&one, &other).unwrap();
         assert_eq!(pid(writers.of(1, &stat(&other))), Some(7));
-        // The number of a file that is gone is soon another's.
+        // The inode number of a removed file is soon reused.
         let inode = std::fs::metadata(&other).unwrap().ino();
         std::fs::remove_file(&other).unwrap();
         std::fs::write(&one, b"y").unwrap();
@@ -125,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn files_beyond_what_is_remembered_take_nothing_from_the_youngest() {
+    fn files_beyond_the_limit_do_not_displace_the_youngest() {
         let scratch = tempfile::NamedTempFile::new().unwrap();
         let stat = file::stat_path(scratch.path()).unwrap();
         let mut writers = Writers::default();

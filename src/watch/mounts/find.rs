@@ -1,4 +1,9 @@
-//! Files on a container's other mounts: of which container they are, and their paths there.
+//! Files on mounts other than a container's root overlay: which container they belong to, and
+//! their paths as that container sees them.
+//!
+//! `exec` uses it for executed files. Paths in the root overlay are found by `files::paths`. It
+//! reads mount tables and the marked mounts of the core; it places no
+//! marks.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,7 +17,8 @@ use crate::watch::core::watched::{MarkedMount, Watched};
 use crate::watch::files::paths::UnknownPath;
 use crate::watch::process::reach;
 
-/// Whose an executed file is that lies on no container's own overlay, and on what.
+/// The container of an executed file that is on no container's root overlay, and the kind of its
+/// filesystem.
 pub(crate) fn whose(
     table: &Table,
     file: &OwnedFd,
@@ -20,7 +26,7 @@ pub(crate) fn whose(
     process: &Whereabouts,
 ) -> Option<(Arc<Watched>, Filesystem)> {
     if overlay::is_overlay(file).ok()? {
-        // Layers on several filesystems, in a mount namespace of its own.
+        // An overlay with layers on several filesystems, in a mount namespace of the process's own.
         let watched = table.by_pid_namespace(process.pid_namespace?)?;
         return Some((watched, Filesystem::Overlay));
     }
@@ -29,9 +35,9 @@ pub(crate) fn whose(
     Some((watched, if is_in_memory { Filesystem::Tmpfs } else { Filesystem::Volume }))
 }
 
-/// The path of an event's file, by the kernel's name for it, as its container sees it,
-/// whatever namespace or mount it was reached by; and whether that is certain. It is not
-/// for a layer of an overlay that the container has mounted, which is on no list of mounts.
+/// The path of an event's file as its container sees it, from the kernel's name for it, whatever
+/// namespace or mount it was opened through; and whether that path is certain. It is not
+/// certain for a layer of an overlay that the container has mounted: that is in no mount table.
 pub(crate) fn event_path(
     watched: &Watched,
     name: &[u8],
@@ -48,7 +54,7 @@ pub(crate) fn event_path(
         let inside = viewers.into_iter().flatten().find_map(|viewer| {
             let viewer = Handle::open(viewer).ok()?;
             let place = overlay::find_place(&viewer.mountinfo().ok()?, mount)?;
-            // Its mount points are below its root, the name is not.
+            // Mount points are relative to the viewer's root, the name is not.
             let root = viewer.root().ok()?;
             place.inside(overlay::strip_directory(name, &root)?)
         });
@@ -63,9 +69,9 @@ pub(crate) fn event_path(
     Ok((RootfsPath::new(below_root.unwrap_or(name))?, is_certain))
 }
 
-/// The path of a file whose mount has gone with its namespace: the kernel names it
-/// from that mount's root on. Where a mount of the container's own, of which it was a
-/// copy, has the same file there, that is its path.
+/// The path of a file whose mount ended with its namespace. The kernel's name for it then starts
+/// at that mount's root. If a mount of the container, of which it was a copy, has the same
+/// file there, that is its path.
 pub(crate) fn by_a_twin(
     watched: &Watched,
     own: &[MarkedMount],
@@ -81,15 +87,15 @@ pub(crate) fn by_a_twin(
     })
 }
 
-/// The program's path as its process has it, if it can be that of a file whose own
-/// path is known only below some directory.
+/// The program's path as its process reports it, if it ends with `below`, the part of the file's
+/// path that is known.
 pub(crate) fn path_of_program(exe: &str, below: &RootfsPath) -> Option<RootfsPath> {
-    // With an escape it is not the path but a picture of it.
+    // With an escape sequence it is not the exact path.
     let exe = Some(exe).filter(|exe| !exe.contains('\\'))?;
     exe.as_bytes().ends_with(below.as_bytes()).then(|| RootfsPath::new(exe).ok())?
 }
 
-/// Where a container's own mounts show the path of a filesystem.
+/// The path at which a container's own mounts show `inside`, a path in their filesystem.
 pub(crate) fn seen_from(own: &[MarkedMount], device: u64, inside: &[u8]) -> Option<Vec<u8>> {
     // `/a` and `//a` are one path.
     let inside = RootfsPath::new(inside).ok()?;
@@ -110,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_is_told_as_the_container_sees_it() {
+    fn a_path_is_reported_as_the_container_sees_it() {
         let own = |root: &str, mount_point: &str| MarkedMount {
             id: 1,
             device: 9,

@@ -1,26 +1,11 @@
-//! Every other filesystem of a container: which of its mounts carry our marks,
-//! kept current while it runs.
+//! The thread `mounts`: marks the filesystems of a container besides its root overlay, and
+//! follows changes of its mounts while it runs.
 //!
-//! A filesystem that only containers use (a tmpfs, a volume) is marked whole, so
-//! that no bind mount or namespace leads around the mark. One that the host runs
-//! from as well is marked by the mount alone, since the host's own programs must
-//! not wait for us; a copy of such a mount carries no mark, and the trace sees
-//! what runs from it.
-//!
-//! Opening an event's file asks its filesystem. On one that a process answers for
-//! (FUSE, 9p) or a network, whoever runs that process could hold the gate open for
-//! ever, so only filesystems that are known to be local are marked ([`door::Ground`]). A
-//! disk that only a container has mounted may be a file on such a filesystem, and an
-//! overlay is as local as its layers, which nobody can tell from outside; programs on an
-//! overlay that a container has mounted are seen when their real files are opened below
-//! it, and the rest is left to the trace.
-//!
-//! A container can change its mounts while we look at them, so a mount is first
-//! remembered by the number that no other one gets (before Linux 6.8 it is held by a
-//! descriptor, which keeps its number its own), and then looked up again.
-//! Nothing here waits for a filesystem: look-ups are made in the kernel's memory
-//! (`RESOLVE_CACHED`), and what cannot be found there only where this machine's own
-//! disks answer.
+//! `control` attaches and detaches containers, `namespaces` finds where mounts have changed, and
+//! `marks` places the marks. [`Treatment`] gives the reasons why a filesystem is marked or not.
+//! This thread never waits for a filesystem: look-ups use the kernel's memory
+//! (`RESOLVE_CACHED`). Only what is not found there is read, and only from this machine's own
+//! disks.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -46,22 +31,22 @@ use crate::watch::core::watched::{MarkedMount, Watched};
 use crate::watch::files::ways;
 use crate::watch::process::shared::Processes;
 
-/// A container's marks. One that mounts more than this is told of, once.
+/// The most marks of one container. If it has more mounts, that is reported once.
 const MAX_MARKS: usize = 256;
 
-/// How many mounts of one filesystem are tried until one can be reached.
+/// How many mounts of one filesystem are tried until one can be opened.
 const MAX_TRIES: usize = 4;
 
-/// How often a mount is looked for again that is there and cannot be reached.
+/// How often the thread tries to open a mount that exists and cannot be opened.
 const MAX_ATTEMPTS: u8 = 3;
 
-/// Without anything to do, the thread still looks whether it is to end.
+/// How often an idle thread checks whether it is to end.
 const TURN: Duration = Duration::from_millis(500);
 
-/// What the host runs from is asked for again when this old.
+/// The host's devices are read again when they are this old.
 const HOST_DEVICES_AGE: Duration = Duration::from_secs(60);
 
-/// Nothing on these can be executed: the kernel's own, made of numbers and names.
+/// The kernel's own filesystems, from which nothing can be executed.
 const NO_PROGRAMS: &[&[u8]] = &[
     b"autofs",
     b"binder",
@@ -88,7 +73,7 @@ const NO_PROGRAMS: &[&[u8]] = &[
     b"tracefs",
 ];
 
-/// Where the host's own programs and files are, by custom.
+/// The usual directories of the host's own programs and files.
 const HOST_DIRECTORIES: &[&str] = &[
     "/",
     "/bin",
@@ -120,12 +105,24 @@ const HOST_DIRECTORIES: &[&str] = &[
     "/var/tmp",
 ];
 
-/// What is done about one mount.
+/// How one mount is treated.
+///
+/// A filesystem that only containers use (a tmpfs, a volume) is marked as a whole, so that no
+/// bind mount or namespace avoids the mark. A filesystem that the host also runs programs from
+/// is marked by mount only, since the host's programs must not wait for driftd. A copy of such
+/// a mount carries no mark; the trace reports executions from it.
+///
+/// Opening an event's file accesses its filesystem. If a process (FUSE, 9p) or a network serves
+/// it, that server could block the gate forever. So only filesystems that are known to be local
+/// are marked ([`door::Ground`]). A disk that only a container has mounted may be a file on such
+/// a filesystem, and an overlay is as local as its layers, which cannot be determined from
+/// outside. Programs on an overlay that a container has mounted are reported when their real
+/// files below it are opened. The trace reports the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Treatment {
-    /// Nothing on it can be executed, or it is the container's root, marked already.
+    /// Nothing on it can be executed, or it is the container's root, which is marked already.
     Ignore,
-    /// Opening a file there may ask somebody: left to the trace.
+    /// Opening a file there may wait for a process or a network: left to the trace.
     Refuse,
     MarkFilesystem,
     MarkMount,
@@ -145,15 +142,15 @@ fn treat(mount: &Mount, own_device: u64, ground: Ground, host: &HashSet<u64>) ->
     }
 }
 
-/// The devices that the host itself runs from. From mountinfo and not by asking
-/// the filesystems, one of which may be a network's.
+/// The devices that the host itself runs from. They come from mountinfo and not from the
+/// filesystems, because one of these may be on a network.
 fn host_devices<'a>(mountinfos: impl IntoIterator<Item = &'a [u8]>) -> HashSet<u64> {
     let mut devices = HashSet::new();
     for mountinfo in mountinfos {
         let mounts: Vec<Mount> = mounts::parse(mountinfo).collect();
         for path in HOST_DIRECTORIES.iter().map(|path| path.as_bytes()) {
-            // The longest way there; `max_by_key` takes the last of several on one
-            // point, which covers them.
+            // The mount with the longest matching mount point. `max_by_key` takes the last of
+            // several on one mount point, which covers the others.
             let holder = mounts
                 .iter()
                 .filter(|mount| overlay::strip_directory(path, &mount.mount_point).is_some())
@@ -166,8 +163,8 @@ fn host_devices<'a>(mountinfos: impl IntoIterator<Item = &'a [u8]>) -> HashSet<u
     devices
 }
 
-/// Mounts to mark, the most that may be. Of a filesystem that is marked whole, each
-/// inner list holds the mounts by which it may be reached.
+/// The mounts to mark, up to the limit. For a filesystem that is marked as a whole, the inner
+/// list holds the mounts through which it may be opened.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Choice {
     filesystems: Vec<Vec<Mount>>,
@@ -203,28 +200,33 @@ fn choose(
 }
 
 /// A mount that is about to be marked.
+///
+/// A container can change its mounts while they are being marked. So a mount is first remembered
+/// by its unique ID, and then looked up again. Before Linux 6.8 there is no such ID: there a
+/// descriptor holds the mount, which keeps its number from being reused.
 #[derive(Debug)]
 struct Reached<'a> {
     mount: &'a Mount,
     kept: Kept,
-    /// The device that its files show.
+    /// The device that its files report.
     shown: u64,
     whole: bool,
 }
 
-/// What makes certain that a mount is still the same one.
+/// Identifies a mount, so that it can be found to be still the same one.
 #[derive(Debug)]
 enum Kept {
-    /// Its number that no other one gets. A descriptor would keep it busy, and whoever
-    /// unmounts it meanwhile would be refused.
+    /// Its unique ID. A descriptor would keep the mount busy, and unmounting it meanwhile would
+    /// fail.
     Known(u64),
-    /// Where there is no such number.
+    /// A descriptor, where the kernel has no unique IDs.
     Open(OwnedFd),
 }
 
 impl Reached<'_> {
     fn new(mount: &Mount, fd: OwnedFd, whole: bool) -> Reached<'_> {
-        // It may be another one by now, whose server would have to be waited for.
+        // Read from the kernel's memory only: this may be another filesystem by now, whose server
+        // could block.
         let shown = file::stat(&fd).map_or(mount.device, |stat| stat.device);
         let kept = match mounts::unique_mount_of(fd.as_fd()) {
             Some(unique) => Kept::Known(unique),
@@ -234,7 +236,7 @@ impl Reached<'_> {
     }
 }
 
-/// Whether no path leads to a mount, because another one stands on its way.
+/// Whether no path leads to a mount, because another mount covers it or a directory above it.
 fn is_covered(mount: &Mount, by_id: &HashMap<u64, Mount>) -> bool {
     let mut way = HashSet::from([mount.id]);
     let mut parent = mount.parent;
@@ -248,8 +250,8 @@ fn is_covered(mount: &Mount, by_id: &HashMap<u64, Mount>) -> bool {
     })
 }
 
-/// The thread that keeps the marks current, and what it shares with whoever
-/// attaches and detaches.
+/// The state of the thread that keeps the marks current, shared with the thread that attaches
+/// and detaches containers.
 pub(crate) struct Mounts {
     shared: Arc<Processes>,
     marks: ExecMarks,
@@ -257,7 +259,7 @@ pub(crate) struct Mounts {
     namespaces: Namespaces,
     wake: OwnedFd,
     tracked: Mutex<HashMap<ContainerId, Tracked>>,
-    /// Of the listings that are only possibly needed.
+    /// The pace of listings that may not be needed, for all containers together.
     guesses: Mutex<Pace>,
     host: Mutex<Option<(Instant, Arc<HashSet<u64>>)>>,
 }
@@ -265,16 +267,16 @@ pub(crate) struct Mounts {
 struct Tracked {
     watched: Arc<Watched>,
     listener: Option<Arc<Listener>>,
-    /// Its mounts have changed, and have not been listed since.
+    /// Its mounts have changed and have not been listed since.
     is_due: bool,
-    /// They only may have: that costs no more than a bounded share for all together.
+    /// They may not have changed: such listings of all containers share one bounded pace.
     is_guess: bool,
     pace: Pace,
-    /// How often they were listed.
+    /// How often its mounts have been listed.
     listings: u64,
     attempts: u8,
-    /// That something of it is not marked has been said.
-    is_told: bool,
+    /// That some of its mounts are not marked has been reported.
+    is_reported: bool,
 }
 
 impl Tracked {
@@ -292,16 +294,16 @@ impl Tracked {
         self.attempts = 0;
     }
 
-    /// When it may be listed.
+    /// The earliest time at which its mounts may be listed.
     fn next(&self, next_guess: Instant) -> Instant {
         if self.is_guess { self.pace.next().max(next_guess) } else { self.pace.next() }
     }
 }
 
-/// What came of marking a container's mounts.
+/// The result of marking a container's mounts.
 #[derive(Default)]
 struct Outcome {
-    /// A mount is there and was not reached: its place may have moved meanwhile.
+    /// A mount exists and was not opened. It may have been moved meanwhile.
     missed: Option<String>,
     refused: Option<String>,
     is_full: bool,
@@ -339,8 +341,8 @@ impl Mounts {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    /// Marks what a container has mounted, and goes on doing so. Listens first, so
-    /// that nothing is mounted in between.
+    /// Marks the mounts of a container, and keeps marking new ones. Listens for changes first,
+    /// so that no mount is missed in between.
     pub(crate) fn attach(&self, watched: &Arc<Watched>, init: &Handle) {
         if !self.shared.settings.volumes {
             return;
@@ -348,8 +350,8 @@ impl Mounts {
         let listener = self.notifier.listen(init);
         let mut all = self.tracked();
         self.remove(&mut all, &watched.container);
-        // There before its mounts are listed: a change that is told meanwhile waits
-        // for the lock, and then for the next listing.
+        // Inserted before its mounts are listed: a change that is reported meanwhile waits for the
+        // lock, and then for the next listing.
         let mut entry = all.entry(watched.container.clone()).insert_entry(Tracked {
             watched: watched.clone(),
             listener: None,
@@ -358,13 +360,13 @@ impl Mounts {
             pace: Pace::default(),
             listings: 0,
             attempts: 0,
-            is_told: false,
+            is_reported: false,
         });
         let tracked = entry.get_mut();
         match listener {
             Ok(listener) => tracked.listener = Some(Arc::new(listener)),
             Err(err) => {
-                self.tell(tracked, &format!("changes of its mounts cannot be listened to: {err}"));
+                self.report(tracked, &format!("changes of its mounts cannot be followed: {err}"));
             }
         }
         self.list(tracked);
@@ -372,7 +374,7 @@ impl Mounts {
         self.wake();
     }
 
-    /// The container has ended: nothing of it is kept open.
+    /// The container has ended: closes what is open for it.
     pub(crate) fn detach(&self, watched: &Arc<Watched>) {
         let mut tracked = self.tracked();
         if tracked.get(&watched.container).is_some_and(|own| Arc::ptr_eq(&own.watched, watched)) {
@@ -395,14 +397,14 @@ impl Mounts {
     }
 
     pub(crate) fn run(&self) {
-        // Between a mount and its mark, what runs there is seen by the trace only.
+        // Soon after a mount, because until it is marked only the trace reports executions there.
         let _ = rustix::process::setpriority_process(None, -10);
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
             self.wait(&mut buffer);
             self.explain();
             for container in self.due(Instant::now()) {
-                // Locked for one container at a time: whoever attaches waits for it.
+                // Locked for one container at a time, because attaching another one waits for it.
                 if let Some(tracked) = self.tracked().get_mut(&container) {
                     let start = Instant::now();
                     if tracked.next(self.guesses().next()) > start {
@@ -418,8 +420,8 @@ impl Mounts {
         }
     }
 
-    /// Whose mounts are to be listed now, and whose were listed longest ago first: no
-    /// container keeps another one waiting.
+    /// The containers whose mounts are to be listed now. Those listed longest ago come first, so
+    /// that no container delays another one.
     fn due(&self, now: Instant) -> Vec<ContainerId> {
         let next_guess = self.guesses().next();
         let tracked = self.tracked();
@@ -432,7 +434,7 @@ impl Mounts {
         due.into_iter().map(|(_, container)| container.clone()).collect()
     }
 
-    /// Notes whose the changes are that were not known at once.
+    /// Finds the containers of changes whose namespace was not known immediately.
     fn explain(&self) {
         let changed = self.namespaces.explain(Instant::now());
         if changed.certain.is_empty() && changed.possible.is_empty() {
@@ -448,7 +450,7 @@ impl Mounts {
         }
     }
 
-    /// Waits until mounts have changed, and notes whose.
+    /// Waits until mounts change, and notes the containers.
     fn wait(&self, buffer: &mut Buffer) {
         let (listeners, timeout) = {
             let next_guess = self.guesses().next();
@@ -509,43 +511,43 @@ impl Mounts {
         }
     }
 
-    /// Lists a container's mounts and marks them, all of them again: a device
-    /// number and a mount's number may have been used a second time since.
+    /// Lists a container's mounts and marks all of them again, because device numbers and mount
+    /// IDs may have been reused since.
     fn list(&self, tracked: &mut Tracked) {
         let start = Instant::now();
         tracked.listings += 1;
-        // Before its mounts are read: what changes in between is reported and then due.
+        // Before its mounts are read, so that a change in between is reported and becomes due.
         if let Some(namespace) = tracked.namespace() {
             self.namespaces.know(namespace);
         }
         threads::about(&tracked.watched.container);
         let outcome = self.mark_all(&tracked.watched);
         tracked.pace.spent(start, Instant::now());
-        // An error: the process has ended, and its mounts with it.
+        // An error means that the process has ended, and its mounts with it.
         let Ok(outcome) = outcome else { return };
         let fits = outcome.refused.is_none() && outcome.missed.is_none() && !outcome.is_full;
-        if fits && tracked.listener.is_some() && std::mem::take(&mut tracked.is_told) {
+        if fits && tracked.listener.is_some() && std::mem::take(&mut tracked.is_reported) {
             self.shared.restore(Failure::MountsFull, Some(&tracked.watched));
         }
         if let Some(detail) = outcome.refused {
-            self.tell(tracked, &detail);
+            self.report(tracked, &detail);
         }
         if outcome.is_full {
-            self.tell(tracked, "it has more mounts than are marked");
+            self.report(tracked, "it has more mounts than can be marked");
         }
         if let Some(detail) = outcome.missed {
             tracked.attempts += 1;
             if tracked.attempts < MAX_ATTEMPTS {
                 tracked.is_due = true;
             } else {
-                self.tell(tracked, &detail);
+                self.report(tracked, &detail);
             }
         }
     }
 
-    /// Counts what is not marked, and says so once while it lasts.
-    fn tell(&self, tracked: &mut Tracked, detail: &str) {
-        if std::mem::replace(&mut tracked.is_told, true) {
+    /// Counts that some mounts are not marked, and reports it once while it lasts.
+    fn report(&self, tracked: &mut Tracked, detail: &str) {
+        if std::mem::replace(&mut tracked.is_reported, true) {
             let _ = self.shared.health.record(Failure::MountsFull);
         } else {
             self.shared.degrade(Failure::MountsFull, Some(&tracked.watched), detail);
@@ -586,14 +588,14 @@ impl Mounts {
         let mut outcome = Outcome { is_full: choice.is_full || is_cut, ..Outcome::default() };
         drop(mountinfo);
         let view = watched.view([&init]);
-        // It keeps the container's root busy: for as long as this takes and no longer.
+        // Closed as soon as possible: the descriptor keeps the container's root busy.
         let root = init.open_root()?;
         let (held, unreached) = Mounts::reach_all(&root, &view, &choice);
         drop(root);
 
-        // The descriptors keep the mounts and their numbers: what is still listed
-        // under a number is what we hold. Without a descriptor it is so if the mount is
-        // the same one afterwards.
+        // Open descriptors keep the mounts and their numbers, so a mount that is still listed
+        // under its number is the one that was opened. A mount without a descriptor is opened
+        // again below and compared by its unique ID.
         let mountinfo = init.mountinfo()?;
         let now: HashMap<u64, Mount> =
             mounts::parse(&mountinfo).map(|mount| (mount.id, mount)).collect();
@@ -607,11 +609,12 @@ impl Mounts {
         let (held, moved): (Vec<_>, Vec<_>) =
             held.into_iter().partition(|reached| is_still(reached.mount));
         if let Some(Reached { mount, .. }) = moved.first() {
-            outcome.missed = Some(format!("the mount {} comes and goes", name_of(mount)));
+            outcome.missed =
+                Some(format!("the mount {} changes while it is being marked", name_of(mount)));
         }
         drop(moved);
 
-        // Known before it is marked, so that its first event finds it.
+        // Added to the table before it is marked, so that its first event finds it.
         self.shared.table.set_mounts(watched, known(&held, &now));
         let root = init.open_root()?;
         let (names, marked) = reach_again(&root, &view, held);
@@ -625,7 +628,7 @@ impl Mounts {
         Ok(outcome)
     }
 
-    /// Opens what is to be marked, and returns also what cannot be reached.
+    /// Opens the mounts to be marked. Also returns those that cannot be opened.
     fn reach_all<'a>(
         root: &OwnedFd,
         view: &View,
@@ -651,8 +654,8 @@ impl Mounts {
         (held, unreached)
     }
 
-    /// Opens a mount's own root; `None` if something else is there now, or the way there
-    /// leads over a filesystem that may not answer.
+    /// Opens a mount's own root; `None` if another mount is there now, or the path leads through a
+    /// filesystem that may not answer.
     fn reach(root: &OwnedFd, view: &View, mount: &Mount) -> Option<OwnedFd> {
         threads::beat();
         let slowly = || match door::walk(root.try_clone().ok()?, None, &mount.mount_point, view) {
@@ -664,8 +667,8 @@ impl Mounts {
     }
 }
 
-/// What the table is to know of what is marked. Every mount of a filesystem that is marked
-/// whole has its path.
+/// The marked mounts for the table of the core. For a filesystem that is marked as a whole, these
+/// are all of its mounts, since events may come from each.
 fn known(held: &[Reached<'_>], now: &HashMap<u64, Mount>) -> Vec<MarkedMount> {
     let marked_whole: HashSet<u64> =
         held.iter().filter(|it| it.whole).map(|it| it.mount.device).collect();
@@ -673,7 +676,7 @@ fn known(held: &[Reached<'_>], now: &HashMap<u64, Mount>) -> Vec<MarkedMount> {
     for Reached { mount, shown, whole, .. } in held {
         let (mount, shown) = (*mount, *shown);
         let devices = [mount.device, shown];
-        // A btrfs subvolume shows a device of its own.
+        // The files of a btrfs subvolume report a device of their own.
         let devices = if shown == mount.device { &devices[..1] } else { &devices[..] };
         known.extend(devices.iter().map(|device| marked(mount, *device, *whole)));
     }
@@ -686,7 +689,8 @@ fn known(held: &[Reached<'_>], now: &HashMap<u64, Mount>) -> Vec<MarkedMount> {
     known
 }
 
-/// Opens what is held by its number alone, and returns what to mark, with the mounts.
+/// Opens again the mounts that are known by their unique ID only. Returns what to mark, with the
+/// mounts.
 fn reach_again<'a>(
     root: &OwnedFd,
     view: &View,
@@ -696,7 +700,7 @@ fn reach_again<'a>(
     for Reached { mount, kept, whole, .. } in held {
         let fd = match kept {
             Kept::Open(fd) => Some(fd),
-            // A mount that has come or gone since was reported, also to us.
+            // A mount that was added or removed since is reported to this thread too.
             Kept::Known(unique) => Mounts::reach(root, view, mount)
                 .filter(|fd| mounts::unique_mount_of(fd.as_fd()) == Some(unique)),
         };
@@ -749,7 +753,7 @@ mod tests {
         assert_eq!(treatment, expected, "{kind}, the host's: {is_hosts}");
     }
 
-    /// As if the host had mounted everything.
+    /// The ground of a mount, as if the host had mounted everything.
     fn ground(mount: &Mount) -> Ground {
         HostMounts::parse([format!(
             "1 0 {}:{} / / rw - {} x rw\n",
@@ -762,7 +766,7 @@ mod tests {
     }
 
     #[test]
-    fn only_filesystems_that_nobody_can_hold_are_marked() {
+    fn only_filesystems_that_cannot_block_are_marked() {
         for kind in ["tmpfs", "ramfs", "ext4", "xfs", "btrfs", "squashfs"] {
             check(kind, false, Treatment::MarkFilesystem);
             check(kind, true, Treatment::MarkMount);
@@ -797,7 +801,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filesystem_is_marked_once_and_the_containers_own_not_again() {
+    fn a_filesystem_is_marked_once_and_the_containers_root_not_again() {
         let own = device(0, 1);
         let host = HashSet::from([device(0, 9)]);
         let mounts = [
@@ -819,11 +823,11 @@ mod tests {
     }
 
     #[test]
-    fn a_container_cannot_have_more_marks_than_there_may_be() {
+    fn a_container_cannot_have_more_marks_than_the_limit() {
         let many = (0..1000_u32).map(|n| mount(u64::from(n), 0, n + 10, "/m", "tmpfs"));
         let choice = choose(many, device(0, 1), ground, &HashSet::new());
         assert_eq!((choice.filesystems.len(), choice.is_full), (MAX_MARKS, true));
-        // Of one and the same filesystem, or of its own root, it may have any number.
+        // Mounts of one filesystem, or of its own root, do not count.
         let many = (0..10_000).flat_map(|n| {
             [mount(n, 0, 1, "/m", "overlay"), mount(n + 10_000, 0, 2, "/n", "tmpfs")]
         });
@@ -844,7 +848,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_on_the_way_covers() {
+    fn a_mount_above_another_covers_it() {
         let mounts = [
             mount(1, 0, 1, "/", "overlay"),
             mount(2, 1, 2, "/a/b", "tmpfs"),

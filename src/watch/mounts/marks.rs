@@ -1,4 +1,7 @@
-//! Where the marks are placed by which executions are seen.
+//! Places the marks that report executions: in the gate, or in a group of the daemon.
+//!
+//! Which of both depends on `watch.gate`. `marking` and `control` decide what is marked. This
+//! file only passes it on, and keeps no descriptor longer than that takes.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -7,12 +10,12 @@ use std::sync::Arc;
 use crate::gate::{Marks, Place};
 use crate::sys::fanotify::Group;
 
-/// Where the marks are placed by which executions are seen.
+/// The place of the marks that report executions.
 #[derive(Clone, Debug)]
 pub(crate) enum ExecMarks {
-    /// In the gate's process, which the kernel asks.
+    /// In the process of the gate, which the kernel asks before an execution.
     Gate(Marks),
-    /// In a group of this process, which the kernel notifies.
+    /// In a group of this process, which the kernel notifies of executions.
     Feed(Arc<Group>),
 }
 
@@ -25,8 +28,8 @@ impl ExecMarks {
         }
     }
 
-    /// Marks what each descriptor points into: the whole filesystem where that is said,
-    /// or what is reached through its mount. The descriptors are closed as early as can be.
+    /// Marks the whole filesystem of each descriptor where the flag is set, or else only its
+    /// mount. The descriptors are closed as early as possible.
     pub(crate) fn mark_others(&self, within: Vec<(OwnedFd, bool)>) -> Vec<io::Result<()>> {
         const MASK: u64 = libc::FAN_OPEN_EXEC;
         match self {

@@ -1,6 +1,8 @@
-//! The other mounts of containers, and their marks.
+//! The wing of mounts: the filesystems of containers besides their root overlays, which of
+//! them carry marks, and the paths of files on them.
 //!
-//! It knows `core`, `process` and `files`.
+//! It uses `core`, `process` and `files` and no other wing. It places marks and follows
+//! changes of mounts. The events of the marks are handled by `exec`.
 
 pub(crate) mod find;
 pub(crate) mod marking;

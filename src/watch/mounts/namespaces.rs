@@ -1,14 +1,13 @@
-//! Whose mounts have changed.
+//! Finds the mount namespace in which mounts have changed.
 //!
-//! One fanotify group reports the changes of all mount namespaces. An event names the
-//! mount by its unique ID, which is used only once, and not the namespace. So the IDs of
-//! each namespace's mounts are kept. A mount that is on no list makes all lists be taken
-//! again: what is on a new list and was not on the old one, or the other way round, is a
-//! change of that namespace and of no other.
+//! One fanotify group reports the changes of all mount namespaces. An event has the unique ID
+//! of the mount, which is used only once, but not the namespace. So this file keeps the IDs
+//! of each namespace's mounts. If a mount is on no list, all namespaces are listed again: a
+//! difference between the old and the new list is a change of that namespace.
 //!
-//! A mount stays listed after it went until the list is taken again, because its events
-//! may not be read yet. A list that is too long is not kept. Then whatever no other
-//! namespace explains may be a change of that one.
+//! A removed mount stays listed until its namespace is listed again, because its events may
+//! not be read yet. A list that is too long is not kept. Changes that no other namespace
+//! explains may then belong to that one. Containers are not known here: `marking` maps them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,15 +16,15 @@ use std::time::{Duration, Instant};
 use super::pace::Pace;
 use crate::sys::mounts::{self, Changes};
 
-/// Mounts that are known of one namespace, and of all: of all together some ten MiB.
+/// The most mounts that are kept of one namespace, and of all: together about ten MiB.
 const MAX_OF_NAMESPACE: usize = 4 * 1024;
 const MAX_OF_ALL: usize = 256 * 1024;
 
-/// Changed mounts that wait to be looked for.
+/// The most changed mounts that wait for their namespace to be found.
 const MAX_UNEXPLAINED: usize = 16 * 1024;
 
-/// A list takes microseconds. A container that stacks thousands of mounts on one another
-/// makes the kernel walk all of them for each.
+/// The most time that one listing may take. It usually takes microseconds. If a container stacks
+/// thousands of mounts on one another, the kernel goes through all of them for each mount.
 const MAX_TIME: Duration = Duration::from_millis(10);
 
 /// Which mounts are in which namespace.
@@ -35,9 +34,9 @@ pub(crate) struct Namespaces(Mutex<State>);
 #[derive(Default)]
 struct State {
     namespace_of: HashMap<u64, u64>,
-    /// `None`: its mounts are too many, or the kernel did not list them.
+    /// `None`: it has too many mounts, or the kernel did not list them.
     lists: HashMap<u64, Option<Vec<u64>>>,
-    /// What has changed and is on no list.
+    /// Changed mounts that are on no list.
     unexplained: HashSet<u64>,
     /// Changes have been dropped.
     is_incomplete: bool,
@@ -48,7 +47,7 @@ struct State {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Changed {
     pub(crate) certain: HashSet<u64>,
-    /// Nothing has come or gone there, but a mount may have moved.
+    /// No mount was added or removed there, but one may have been moved.
     pub(crate) possible: HashSet<u64>,
 }
 
@@ -57,8 +56,8 @@ impl Namespaces {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Knows a namespace from now on; to be called before its mounts are looked at. A
-    /// list that is there stays: another container of the namespace may rely on it.
+    /// Adds a namespace. Call it before the namespace's mounts are read. An existing list stays:
+    /// another container of the namespace may rely on it.
     pub(crate) fn know(&self, namespace: u64) {
         self.know_by(namespace, list);
     }
@@ -77,8 +76,8 @@ impl Namespaces {
         state.lists.remove(&namespace);
     }
 
-    /// Takes in what has been reported, and returns the namespaces in which it happened
-    /// as far as that is known at once.
+    /// Takes in reported changes. Returns their namespaces as far as they are known without
+    /// listing any.
     pub(crate) fn take(&self, changes: Changes) -> HashSet<u64> {
         let mut state = self.state();
         state.is_incomplete |= changes.is_incomplete;
@@ -95,15 +94,15 @@ impl Namespaces {
         changed
     }
 
-    /// From when on [`Namespaces::explain`] does something; `None` while it need not.
+    /// When [`Namespaces::explain`] may run next; `None` while it has nothing to do.
     pub(crate) fn next(&self) -> Option<Instant> {
         let state = self.state();
         (state.is_incomplete || !state.unexplained.is_empty()).then(|| state.pace.next())
     }
 
-    /// Finds where the rest has happened. All lists are taken again for that, so that a
-    /// container which mounts without end must not have this at every mount: together it
-    /// costs a twentieth of a processor.
+    /// Finds the namespaces of the remaining changes. That lists all namespaces, so it is
+    /// limited to a twentieth of a processor: a container that mounts without end must not
+    /// cause it at every mount.
     pub(crate) fn explain(&self, now: Instant) -> Changed {
         self.explain_by(now, list)
     }
@@ -124,14 +123,14 @@ impl Namespaces {
         for namespace in namespaces {
             match self.state().lists.get(&namespace) {
                 Some(Some(_)) => (),
-                // Its container pays for the next attempt.
+                // It is listed again at its container's next listing, which counts there.
                 Some(None) => {
                     unlisted.push(namespace);
                     continue;
                 }
                 None => continue,
             }
-            // Not under the lock: who attaches a container must not wait for all of them.
+            // Not under the lock: attaching a container must not wait for all listings.
             let members = list(namespace);
             for member in members.iter().flatten() {
                 unexplained.remove(member);
@@ -147,7 +146,7 @@ impl Namespaces {
                 state.set(namespace, members);
             }
         }
-        // What came and went again since then is in the same place.
+        // A mount that was added and removed in between belongs to one of these too.
         if is_incomplete || !unexplained.is_empty() {
             changed.certain.extend(unlisted);
         }
@@ -171,7 +170,7 @@ impl State {
 
     fn clear(&mut self, namespace: u64) {
         for mount in self.lists.get(&namespace).into_iter().flatten().flatten() {
-            // A mount can be moved to another namespace, which has it then.
+            // A mount can be moved to another namespace, and then belongs to that one.
             if self.namespace_of.get(mount) == Some(&namespace) {
                 self.namespace_of.remove(mount);
             }
@@ -179,8 +178,8 @@ impl State {
     }
 }
 
-/// The mounts of a namespace; `None` if they are too many, or take too long to list, or
-/// the kernel refuses.
+/// The mounts of a namespace; `None` if there are too many, listing takes too long, or the
+/// kernel refuses.
 fn list(namespace: u64) -> Option<Vec<u64>> {
     let start = Instant::now();
     let mut members: Vec<u64> = Vec::new();
@@ -202,7 +201,7 @@ mod tests {
 
     use super::*;
 
-    /// Namespaces as the kernel has them.
+    /// The namespaces of a simulated kernel.
     #[derive(Default)]
     struct Kernel {
         lists: RefCell<HashMap<u64, Vec<u64>>>,
@@ -220,7 +219,7 @@ mod tests {
         }
     }
 
-    /// Two namespaces, 1 and 2, that are known.
+    /// Two known namespaces, 1 and 2.
     fn two() -> (Kernel, Namespaces) {
         let (kernel, namespaces) = (Kernel::default(), Namespaces::default());
         for (namespace, members) in [(1, &[10, 11]), (2, &[20, 21])] {
@@ -246,7 +245,7 @@ mod tests {
     #[test]
     fn a_mount_that_is_listed_is_attributed_without_another_list() {
         let (kernel, namespaces) = two();
-        // It went, or moved, and may do so again before the list is taken again.
+        // It was removed or moved, and may change again before the namespace is listed again.
         for _ in 0..2 {
             assert_eq!(namespaces.take(changes([21])), HashSet::from([2]));
         }
@@ -263,20 +262,20 @@ mod tests {
         assert_eq!(explain(&kernel, &namespaces), certain([1]));
         assert_eq!(namespaces.next(), None);
         assert_eq!(namespaces.take(changes([12])), HashSet::from([1]));
-        // One that came and went again is nobody's.
+        // A mount that was added and removed again belongs to no namespace.
         namespaces.take(changes([13]));
         assert_eq!(explain(&kernel, &namespaces), certain([]));
     }
 
     #[test]
-    fn a_mount_that_went_before_its_event_was_read_is_still_a_change() {
+    fn a_mount_removed_before_its_event_was_read_is_still_a_change() {
         let (kernel, namespaces) = two();
-        // While a mount of the first one is looked for, one of the second goes.
+        // While a mount of namespace 1 is searched for, one of namespace 2 is removed.
         kernel.set(1, &[10, 11, 12]);
         kernel.set(2, &[20]);
         namespaces.take(changes([12]));
         assert_eq!(explain(&kernel, &namespaces), certain([1, 2]));
-        // Its event comes after that, and has been acted on.
+        // Its event comes later, when the change is already known.
         assert_eq!(namespaces.take(changes([21])), HashSet::new());
         assert_eq!(explain(&kernel, &namespaces), certain([]));
     }
@@ -292,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_explains_is_that_of_the_one_with_too_many_mounts() {
+    fn unexplained_changes_belong_to_the_namespace_with_too_many_mounts() {
         let (kernel, namespaces) = two();
         let many: Vec<u64> = (1000..).take(MAX_OF_NAMESPACE + 1).collect();
         kernel.set(3, &many);
@@ -307,14 +306,14 @@ mod tests {
         namespaces.take(changes([11, 5000]));
         explain(&kernel, &namespaces);
         assert_eq!(kernel.listings.get() - before, 2);
-        // Its container's next listing makes it known again.
+        // The next listing of its container makes its mounts known again.
         kernel.set(3, &[1000]);
         namespaces.know_by(3, |namespace| kernel.list(namespace));
         assert_eq!(namespaces.take(changes([1000])), HashSet::from([3]));
     }
 
     #[test]
-    fn all_together_have_no_more_than_may_be() {
+    fn all_namespaces_together_stay_within_the_limit() {
         let (kernel, namespaces) = two();
         let full = (MAX_OF_ALL / MAX_OF_NAMESPACE) as u64 + 8;
         for namespace in 3..full {
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn who_mounts_without_end_has_a_twentieth_of_a_processor() {
+    fn mounting_without_end_costs_a_twentieth_of_a_processor() {
         let (kernel, namespaces) = two();
         let cost = Duration::from_millis(1);
         let start = Instant::now();
@@ -350,9 +349,9 @@ mod tests {
             });
             explained += kernel.listings.get() - before;
         }
-        // At once for twenty milliseconds, and then fifteen more in three hundred.
+        // Twenty milliseconds without a pause, then fifteen more in three hundred.
         assert!((1..=60).contains(&explained), "{explained}");
-        // Its events wait in bounded memory.
+        // The waiting events use bounded memory.
         namespaces.take(changes(0..100_000));
         assert!(namespaces.state().unexplained.len() <= MAX_UNEXPLAINED);
         assert!(namespaces.state().is_incomplete);

@@ -1,16 +1,18 @@
-//! How often mounts may be listed.
+//! Limits the processor time for listing mounts, for one container or for all.
+//!
+//! It only counts time. `marking` and `namespaces` do the listing and ask it when the next one
+//! may begin.
 
 use std::time::{Duration, Instant};
 
-/// Listings of a container take this long at once, some ten or twenty of them, and
-/// after that a twentieth of a processor: all that a container which does nothing
-/// but mount can cost.
+/// Listings may take this long without a pause, which is enough for ten or twenty of them. After
+/// that they take a twentieth of a processor. A container that mounts without end costs no more.
 const BURST: Duration = Duration::from_millis(20);
 
 const REST_PER_LISTING: u32 = 20;
 
-/// How much of a processor's time listings have had lately: those of a container, or all
-/// of a kind.
+/// The processor time that listings have used lately: those of one container, or all of one
+/// kind.
 pub(crate) struct Pace {
     pub(crate) debt: Duration,
     pub(crate) since: Instant,
@@ -29,7 +31,7 @@ impl Pace {
         self.since = end;
     }
 
-    /// From when on there may be another one.
+    /// The earliest time of the next listing.
     pub(crate) fn next(&self) -> Instant {
         self.since + self.debt.saturating_sub(BURST) * REST_PER_LISTING
     }
@@ -40,19 +42,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listings_come_at_once_until_they_are_many() {
+    fn listings_wait_only_after_many() {
         let start = Instant::now();
         let mut pace = Pace { debt: Duration::ZERO, since: start };
         let cost = Duration::from_millis(1);
         let mut now = start;
-        let mut at_once = 0;
+        let mut immediate = 0;
         while pace.next() <= now {
             pace.spent(now, now + cost);
             now += cost;
-            at_once += 1;
+            immediate += 1;
         }
-        assert!((20..30).contains(&at_once), "{at_once}");
-        // From now on one in twenty.
+        assert!((20..30).contains(&immediate), "{immediate}");
+        // From here on, a twentieth of the time.
         let from = now;
         for _ in 0..100 {
             now = now.max(pace.next());
@@ -60,7 +62,7 @@ mod tests {
             now += cost;
         }
         assert!(now - from >= cost * 1900, "{:?}", now - from);
-        // And when it was left alone, at once again.
+        // After a pause, without waiting again.
         assert!(pace.next() <= now + Duration::from_secs(1));
     }
 }
