@@ -1,7 +1,9 @@
 //! The script that an interpreter was given, found as the interpreter finds it: by a name
-//! below its own root and working directory, by a descriptor, or, of a shell, by the
-//! descriptor that it reads the script from. No filesystem is asked that may not answer
-//! ([`door`]).
+//! below its own root and working directory, by a descriptor, or, for a shell, by the
+//! descriptor that the shell reads its script from.
+//!
+//! No filesystem is asked that may never respond: [`door`] decides that. `interpreters`
+//! calls this file, and `inspect` reads the script that was found.
 
 use std::os::fd::OwnedFd;
 
@@ -17,7 +19,7 @@ use crate::watch::process::reach;
 /// What was found.
 #[derive(Debug)]
 pub(crate) enum Given {
-    /// A regular file, held only to be looked at.
+    /// A regular file, opened only to be examined.
     File(OwnedFd),
     /// A pipe, or a FIFO.
     Pipe(Pipe),
@@ -25,20 +27,20 @@ pub(crate) enum Given {
     Foreign(Vec<u8>),
     /// Something that holds no text: a terminal, a socket, a directory.
     Nothing,
-    /// Nobody can say: the name leads nowhere any more, or the descriptor is closed.
+    /// Unknown: the name leads nowhere any more, or the descriptor is closed.
     Missing,
 }
 
-/// A path through /proc may lead to another one.
-const MOST_DETOURS: u32 = 4;
+/// A path through /proc may lead to another such path. More of them are not followed.
+const MAX_DETOURS: u32 = 4;
 
-/// What a name leads to where a process is.
+/// What a name leads to, from a process's root and working directory.
 pub(crate) fn by_name(watched: &Watched, handle: &Handle, name: &[u8]) -> Given {
     let base = handle.open_working_directory().ok().map(|fd| Base {
         fd,
         path: handle.cwd().map(|cwd| below_root(watched, handle, cwd)).unwrap_or_default(),
     });
-    let start = Start { watched, handle, base, detours: MOST_DETOURS };
+    let start = Start { watched, handle, base, detours: MAX_DETOURS };
     start.look_up(name)
 }
 
@@ -55,8 +57,8 @@ pub(crate) fn by_descriptor(handle: &Handle, number: u32) -> Given {
 }
 
 /// The file that a shell reads its script from: under the number that bash uses, or else
-/// one of the first that other shells use for themselves. What its parent has under the
-/// same number was given to it.
+/// under one of the first numbers that other shells use for themselves. If the parent has
+/// the same file under that number, the shell has inherited it and it is no script.
 pub(crate) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
     let parent = Handle::open(handle.first_stat().parent).ok();
     let identity = |fd: &OwnedFd| file::stat(fd).ok().map(|stat| (stat.device, stat.inode));
@@ -71,7 +73,7 @@ pub(crate) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
     })
 }
 
-/// How a process's root calls a path that the kernel names to us.
+/// A path that the kernel reports to driftd, as seen from a process's root.
 fn below_root(watched: &Watched, handle: &Handle, path: Vec<u8>) -> Vec<u8> {
     let root = handle.root().unwrap_or_default();
     let below =
@@ -82,12 +84,12 @@ fn below_root(watched: &Watched, handle: &Handle, path: Vec<u8>) -> Vec<u8> {
 fn held(opened: std::io::Result<OwnedFd>) -> Given {
     let Ok(fd) = opened else { return Given::Missing };
     match file::stat(&fd) {
-        Ok(stat) => what(Held { fd, stat }),
+        Ok(stat) => of_held(Held { fd, stat }),
         Err(_) => Given::Missing,
     }
 }
 
-fn what(Held { fd, stat }: Held) -> Given {
+fn of_held(Held { fd, stat }: Held) -> Given {
     match stat.file_type {
         FileType::Regular => Given::File(fd),
         FileType::Fifo => Given::Pipe((stat.device, stat.inode)),
@@ -95,7 +97,7 @@ fn what(Held { fd, stat }: Held) -> Given {
     }
 }
 
-/// From where a name is looked up.
+/// The place from which a name is looked up.
 struct Start<'a> {
     watched: &'a Watched,
     handle: &'a Handle,
@@ -108,12 +110,12 @@ impl Start<'_> {
         let Start { watched, handle, base, detours } = self;
         let Ok(root) = handle.open_root() else { return Given::Missing };
         if let Some(found) = within_own_layers(watched, &root, base.as_ref(), name) {
-            return what(found);
+            return of_held(found);
         }
         let init = Handle::open_exactly(watched.init).ok();
         let view = watched.view(std::iter::once(handle).chain(&init));
         match door::walk(root, base, name, &view) {
-            Ok(Way::Found(held)) => what(held),
+            Ok(Way::Found(held)) => of_held(held),
             Ok(Way::Foreign(path)) => Given::Foreign(path),
             Ok(Way::Process(names)) => {
                 let names: Vec<&[u8]> = names.iter().map(Vec::as_slice).collect();
@@ -124,7 +126,7 @@ impl Start<'_> {
     }
 }
 
-/// The common case: what is looked up lies on the container's own overlay all the way.
+/// The common case: the whole path lies on the container's own overlay.
 fn within_own_layers(
     watched: &Watched,
     root: &OwnedFd,
@@ -143,7 +145,7 @@ fn within_own_layers(
     door::find_on_one_mount(root, &path, local).ok()
 }
 
-/// What the rest of a path leads to behind `/proc/`.
+/// What the rest of a path behind `/proc/` leads to.
 fn in_proc(watched: &Watched, handle: &Handle, names: &[&[u8]], detours: u32) -> Given {
     let Some((process, names)) = names.split_first() else { return Given::Nothing };
     let Some(detours) = detours.checked_sub(1) else { return Given::Missing };
@@ -197,8 +199,8 @@ fn in_proc(watched: &Watched, handle: &Handle, names: &[&[u8]], detours: u32) ->
     }
 }
 
-/// The process that this number means in the pid namespace of another one, which several
-/// containers may share.
+/// The process with this number in the pid namespace of another process. Several containers
+/// may share that namespace.
 fn in_pid_namespace_of(handle: &Handle, number: u32) -> Option<Handle> {
     let namespace = handle.pid_namespace().ok()?;
     let is_there = |pid: &u32| procfs::pid_namespace_of(*pid).is_ok_and(|it| it == namespace);

@@ -1,4 +1,9 @@
-//! Code that is not executed itself, as a file: whose it is and what it holds.
+//! Files of code that are not executed themselves: whether a file is the image's and what it
+//! holds.
+//!
+//! [`examine`] decides whether a file is the image's, the host's, or code to be reported, and
+//! hashes it. It works on descriptors that were opened for this only. A filesystem that may
+//! never respond is not read. `libraries`, `interpreters` and the wing `exec` use it.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -24,7 +29,7 @@ pub(crate) struct Code {
     pub(crate) file_of: Option<ContainerId>,
 }
 
-/// What the kernel calls a memfd, without what it adds to the name.
+/// The name of a memfd, without the suffix that the kernel adds.
 pub(crate) fn memfd_name(device: u64, name: &[u8]) -> Option<&[u8]> {
     let name = name.strip_suffix(b" (deleted)")?;
     (name.starts_with(b"/memfd:") && door::memfd_device() == Some(device)).then_some(name)
@@ -32,33 +37,33 @@ pub(crate) fn memfd_name(device: u64, name: &[u8]) -> Option<&[u8]> {
 
 /// What a file of code is.
 #[derive(Debug)]
-pub(crate) enum Look {
-    /// The image's own, as far as anybody knows.
+pub(crate) enum Examined {
+    /// The image's own, as far as is known.
     Image,
     Code(Code),
     /// It lies on a filesystem of the host that the container does not see: a library of
     /// its runtime, which is on its way in; or the container has detached the mount.
     Hosts(Code),
-    /// No file with content, or the file of who is not in the container yet.
+    /// No file with content, or the file of a process that is not in the container yet.
     Nothing,
 }
 
-/// Looks at a file by a descriptor that was opened only for that.
-pub(crate) fn look_at(
+/// Examines a file by a descriptor that was opened only for that.
+pub(crate) fn examine(
     shared: &Files,
     watched: &Arc<Watched>,
     handle: Option<&Handle>,
     fd: &OwnedFd,
-) -> Look {
-    try_to_look_at(shared, watched, handle, fd).unwrap_or(Look::Nothing)
+) -> Examined {
+    try_to_examine(shared, watched, handle, fd).unwrap_or(Examined::Nothing)
 }
 
-fn try_to_look_at(
+fn try_to_examine(
     shared: &Files,
     watched: &Arc<Watched>,
     handle: Option<&Handle>,
     fd: &OwnedFd,
-) -> Option<Look> {
+) -> Option<Examined> {
     let stat = file::stat(fd).ok()?;
     if !stat.is_regular() {
         return None;
@@ -72,21 +77,21 @@ fn try_to_look_at(
             None => state::unopened(&stat),
         };
         let (filesystem, file_of) = (Filesystem::Container, Some(owner.container.clone()));
-        return Some(Look::Code(Code { path, filesystem, state, lower: None, file_of }));
+        return Some(Examined::Code(Code { path, filesystem, state, lower: None, file_of }));
     }
     if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
         if watched.has_foreign_layers() {
             let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
             let path = paths::event_path(watched, fd, &stat, pid, None).ok()?;
             return Some(match of_unread(shared, watched, path, Some(&stat)) {
-                Some(code) => Look::Code(code),
-                None => Look::Image,
+                Some(code) => Examined::Code(code),
+                None => Examined::Image,
             });
         }
         match watched.standing(&stat) {
             Standing::Own => (),
             Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
-                return Some(Look::Image);
+                return Some(Examined::Image);
             }
         }
         let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
@@ -98,7 +103,7 @@ fn try_to_look_at(
             .layers()
             .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
         let (filesystem, file_of) = (Filesystem::Overlay, None);
-        return Some(Look::Code(Code { path, filesystem, state, lower, file_of }));
+        return Some(Examined::Code(Code { path, filesystem, state, lower, file_of }));
     }
     let name = file::name_of(fd.as_fd()).ok()?;
     let is_memfd = memfd_name(stat.device, &name);
@@ -126,12 +131,12 @@ fn try_to_look_at(
     let path = RootfsPath::new(path).ok()?;
     let state = match ground.local() {
         Some(local) => shared.hashed.state(fd, &stat, local, max_hash_bytes),
-        // Whoever answers for it might never.
+        // The process or the network that serves this filesystem may never respond.
         None => state::unopened(&stat),
     };
     let code = Code { path, filesystem, state, lower: None, file_of: None };
     let is_hosts = is_memfd.is_none() && view.listed(&stat) == Listed::ByHost;
-    Some(if is_hosts { Look::Hosts(code) } else { Look::Code(code) })
+    Some(if is_hosts { Examined::Hosts(code) } else { Examined::Code(code) })
 }
 
 /// The file of a library. `None` if it is the image's own, its runtime's, or no file with
@@ -142,20 +147,20 @@ pub(crate) fn of_descriptor(
     handle: Option<&Handle>,
     fd: &OwnedFd,
 ) -> Option<Code> {
-    match look_at(shared, watched, handle, fd) {
-        Look::Code(code) => Some(code),
-        Look::Image | Look::Hosts(_) | Look::Nothing => None,
+    match examine(shared, watched, handle, fd) {
+        Examined::Code(code) => Some(code),
+        Examined::Image | Examined::Hosts(_) | Examined::Nothing => None,
     }
 }
 
-/// A file that lies where nobody may ask for it.
+/// A file on a filesystem that must not be asked.
 pub(crate) fn unasked(path: RootfsPath) -> Code {
     let state =
         FileState { content: Content::Unhashed(Unhashed::Unreadable), ..state::gone(false) };
     Code { path, filesystem: Filesystem::Volume, state, lower: None, file_of: None }
 }
 
-/// What is left to tell of a file that nobody can look at any more.
+/// What is left to report of a file that cannot be read any more.
 pub(crate) fn gone(path: RootfsPath, filesystem: Filesystem) -> Code {
     Code { path, filesystem, state: state::gone(true), lower: None, file_of: None }
 }
@@ -171,7 +176,7 @@ pub(crate) enum Upper {
     /// Something that hides what the image has.
     Hidden,
     Absent,
-    /// There is no telling.
+    /// It cannot be determined.
     Unknown,
 }
 
@@ -181,8 +186,8 @@ pub(crate) fn upper(watched: &Watched, path: &RootfsPath) -> Upper {
     match file::open_path_beneath(&directory, path.relative()) {
         Ok(fd) => match file::stat(&fd) {
             Ok(stat) if stat.is_regular() => {
-                // Only its metadata is the container's own. (A path descriptor has no
-                // attributes to read.)
+                // A metacopy has only its metadata in the container's layer. (A path
+                // descriptor has no attributes to read.)
                 let Ok(readable) = door::reopen(fd.as_fd(), Local::by_layers()) else {
                     return Upper::Unknown;
                 };
@@ -201,7 +206,7 @@ pub(crate) fn upper(watched: &Watched, path: &RootfsPath) -> Upper {
     }
 }
 
-/// The container's own file as it is in its layer.
+/// The container's own file, as it is in the container's layer.
 pub(crate) fn of_upper(
     shared: &Files,
     watched: &Watched,
@@ -219,9 +224,9 @@ pub(crate) fn of_upper(
     Code { path, filesystem: Filesystem::Overlay, state, lower, file_of: None }
 }
 
-/// A file of a root whose layers are not read: by what the upper layer has at its path.
-/// `None` if that is nothing: then it is the image's, as far as anybody can know. `stat` is
-/// the overlay's own word for the file, where there is one.
+/// A file of a root whose layers are not read, by what the upper layer has at its path.
+/// `None` if the upper layer has nothing: then it is the image's, as far as can be known.
+/// `stat` is the overlay's own metadata of the file, if there is any.
 pub(crate) fn of_unread(
     shared: &Files,
     watched: &Watched,
@@ -231,7 +236,8 @@ pub(crate) fn of_unread(
     match upper(watched, &path) {
         Upper::File { fd, stat } => Some(of_upper(shared, watched, path, &fd, &stat)),
         Upper::Hidden | Upper::Absent | Upper::Unknown => {
-            // Its name is gone. What was made in the upper layer has its times.
+            // Its name is gone. A file that was created in the upper layer is known by its
+            // times.
             let stat = stat.filter(|stat| stat.links == 0)?;
             let is_own = watched.standing(stat) == Standing::Own;
             is_own.then(|| Code { state: state::unopened(stat), ..gone(path, Filesystem::Overlay) })

@@ -1,8 +1,11 @@
-//! Interpreters of the image, looked at as they start: what script they run, and
-//! whether their input and output lead to a connection.
+//! Interpreters of the image, checked when they start: which script they run, and whether
+//! their input and output lead to a connection.
 //!
-//! Best effort. A process that has ended by the time it is looked at tells nothing,
-//! and what it does later is looked at twice more only.
+//! This is best effort. A process that has ended before its check shows nothing, and a
+//! process is checked only twice more after that. The thread `interpreters` takes
+//! [`Started`] from `libraries`. It finds the script with `given`, examines it with
+//! `inspect`, and reports to the pipeline. `scripts` and `shells` decide; this file reads
+//! the processes for them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,27 +31,30 @@ use crate::watch::process::activity::{Act, Event};
 use crate::watch::process::arguments::Recorded;
 use crate::watch::process::{describe, reach, records};
 
-/// When a shell is looked at again: what it has for input and output may come
-/// later than its start.
+/// When a shell is checked again: its input and output may be connected later than its
+/// start.
 const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
 
-/// More shells than this are not looked at again.
+/// No more shells than this wait for a later check.
 const MAX_WAITING: usize = 16 * 1024;
 
-/// Descriptors of a neighbour that are looked at.
+/// The maximum number of descriptors of a neighbour that are read.
 const MAX_DESCRIPTORS: usize = 256;
 
-/// How often all processes of a container are looked at for what leads to them.
+/// The shortest time between scans of all processes of a container for their pipes,
+/// sockets and terminals.
 const BETWEEN_NEIGHBOURS: Duration = Duration::from_millis(50);
 
-struct Look {
+/// An interpreter that is being checked.
+struct Check {
     watched: Arc<Watched>,
     at: Timestamp,
     handle: Handle,
     process: Process,
-    /// A script from a pipe is told if it turns out to be nothing worse.
+    /// A script from a pipe. It is reported unless the process turns out to be a shell on a
+    /// connection.
     pipe: Option<Script>,
-    /// It runs a script of the image: a connection is its business.
+    /// It runs a script of the image, which may use connections.
     is_service: bool,
     /// The script that it was given by name.
     script: Option<Named>,
@@ -61,28 +67,29 @@ struct Named {
     name: Vec<u8>,
     /// The interpreter is a shell, which keeps its script open.
     is_shells: bool,
-    /// It was itself what was executed.
+    /// The script itself was executed.
     is_executed: bool,
     /// Nothing was found there.
     is_missing: bool,
-    /// Looked at by the descriptor that the shell reads from.
+    /// It was examined by the descriptor that the shell reads from.
     is_certain: bool,
 }
 
-/// Shells that are to be looked at again. Not the thread's own, so that another one can
-/// go on with them.
+/// Shells that wait for a later check. The thread does not own them, so that a thread that
+/// replaces it can continue with them.
 #[derive(Default)]
 pub(crate) struct Waiting(Mutex<Queues>);
 
 #[derive(Default)]
 struct Queues {
-    waiting: [VecDeque<Look>; AGAIN.len()],
-    /// Those for which there was no time; whoever is in a crowd must not be overlooked.
-    deferred: VecDeque<Look>,
+    waiting: [VecDeque<Check>; AGAIN.len()],
+    /// Checks for which there was no time. A process must not escape its check because many
+    /// wait.
+    deferred: VecDeque<Check>,
 }
 
 impl Waiting {
-    /// Locked for one step at a time, and never while a process is looked at.
+    /// Locked for one step at a time, and never while a process is checked.
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -94,129 +101,133 @@ impl Queues {
         queues.filter_map(|queue| Some(queue.front()?.due)).min()
     }
 
-    /// Whoever had to stand back goes first, or others could keep it there for ever.
-    fn take_due(&mut self, now: Instant) -> Option<Look> {
+    /// Takes a deferred check first. Otherwise others could defer it for ever.
+    fn take_due(&mut self, now: Instant) -> Option<Check> {
         std::iter::once(&mut self.deferred)
             .chain(&mut self.waiting)
-            .find(|queue| queue.front().is_some_and(|look| look.due <= now))
+            .find(|queue| queue.front().is_some_and(|check| check.due <= now))
             .and_then(VecDeque::pop_front)
     }
 
-    fn take_any(&mut self) -> Option<Look> {
+    fn take_any(&mut self) -> Option<Check> {
         std::iter::once(&mut self.deferred).chain(&mut self.waiting).find_map(VecDeque::pop_front)
     }
 }
 
 pub(crate) fn run(shared: &Files, started: &Receiver<Box<Started>>, waiting: &Waiting) {
     let mut around = Around::default();
-    let mut unreadable = Unreadable { told: errand::given_up(), last: None };
+    let mut unreadable = Unreadable { reported: errand::given_up(), last: None };
     loop {
-        unreadable.tell(shared);
+        unreadable.report(shared);
         let due = waiting.queues().next_due();
-        // Whoever hands on ends when the watchers do.
+        // The senders end when the watchers stop, and that ends the wait.
         let patience =
             due.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
         match shared.next_within(started, patience) {
             Next::Item(one) => {
                 threads::about(&one.watched.container);
-                if let Some(look) = first(shared, *one) {
-                    wait_for(shared, &mut waiting.queues().waiting, look);
+                if let Some(check) = first(shared, *one) {
+                    wait_for(shared, &mut waiting.queues().waiting, check);
                 }
             }
             Next::Nothing => (),
             Next::End if threads::is_replaced() => return,
-            Next::End => return look_a_last_time(shared, waiting, &mut around),
+            Next::End => return check_a_last_time(shared, waiting, &mut around),
         }
         let now = Instant::now();
         loop {
-            let look = waiting.queues().take_due(now);
-            let Some(look) = look else { break };
-            threads::about(&look.watched.container);
-            let seen = again(shared, look, &mut around);
+            let check = waiting.queues().take_due(now);
+            let Some(check) = check else { break };
+            threads::about(&check.watched.container);
+            let outcome = again(shared, check, &mut around);
             let mut queues = waiting.queues();
-            match seen {
-                Seen::Enough => (),
-                Seen::ForNow(look) => wait_for(shared, &mut queues.waiting, *look),
-                Seen::NotYet(look) => defer(shared, &mut queues.deferred, *look),
+            match outcome {
+                Outcome::Enough => (),
+                Outcome::ForNow(check) => wait_for(shared, &mut queues.waiting, *check),
+                Outcome::NotYet(check) => defer(shared, &mut queues.deferred, *check),
             }
         }
     }
 }
 
-/// What waits is told as far as it is known: nobody looks again after this.
-fn look_a_last_time(shared: &Files, waiting: &Waiting, around: &mut Around) {
+/// Makes the last checks and reports what is known: no check follows.
+fn check_a_last_time(shared: &Files, waiting: &Waiting, around: &mut Around) {
     let mut queues = std::mem::take(&mut *waiting.queues());
-    while let Some(look) = queues.take_any() {
+    while let Some(check) = queues.take_any() {
         if !shared.may_tell() {
             return shared.leave(
                 1 + queues.deferred.len() + queues.waiting.iter().map(VecDeque::len).sum::<usize>(),
             );
         }
-        let _ = again(shared, look, around);
+        let _ = again(shared, check, around);
     }
 }
 
-/// Processes whose memory could not be read in time, as far as that has been reported.
+/// How many reads of processes' memory were given up and reported, and when last.
 struct Unreadable {
-    told: u64,
+    reported: u64,
     last: Option<Instant>,
 }
 
-/// How often that is reported. No container is scanned again for it: it would be refused
+/// How often that is reported. No container is scanned again for it: the read would fail
 /// again.
 const BETWEEN_UNREADABLE: Duration = Duration::from_secs(10);
 
 impl Unreadable {
-    fn tell(&mut self, shared: &Files) {
+    fn report(&mut self, shared: &Files) {
         let count = errand::given_up();
-        if count == self.told || self.last.is_some_and(|last| last.elapsed() < BETWEEN_UNREADABLE) {
+        if count == self.reported
+            || self.last.is_some_and(|last| last.elapsed() < BETWEEN_UNREADABLE)
+        {
             return;
         }
-        let detail = format!("the memory of processes was not read, {} times", count - self.told);
-        (self.told, self.last) = (count, Some(Instant::now()));
+        let detail =
+            format!("the memory of a process could not be read, {} times", count - self.reported);
+        (self.reported, self.last) = (count, Some(Instant::now()));
         shared.degrade(Failure::ProcessUnreadable, None, &detail);
     }
 }
 
-/// What a later look has led to.
-enum Seen {
-    /// There is nothing more to see.
+/// The outcome of a later check.
+enum Outcome {
+    /// No further check is needed.
     Enough,
-    ForNow(Box<Look>),
-    /// Its neighbours could not be asked.
-    NotYet(Box<Look>),
+    /// A further check may show more.
+    ForNow(Box<Check>),
+    /// Its neighbours could not be scanned yet.
+    NotYet(Box<Check>),
 }
 
-fn wait_for(shared: &Files, waiting: &mut [VecDeque<Look>; AGAIN.len()], mut look: Look) {
-    let Some(after) = AGAIN.get(look.again) else { return };
-    look.due = Instant::now() + *after;
-    push(shared, &mut waiting[look.again], look);
+fn wait_for(shared: &Files, waiting: &mut [VecDeque<Check>; AGAIN.len()], mut check: Check) {
+    let Some(after) = AGAIN.get(check.again) else { return };
+    check.due = Instant::now() + *after;
+    push(shared, &mut waiting[check.again], check);
 }
 
-fn defer(shared: &Files, deferred: &mut VecDeque<Look>, mut look: Look) {
-    look.due = Instant::now() + BETWEEN_NEIGHBOURS;
-    push(shared, deferred, look);
+fn defer(shared: &Files, deferred: &mut VecDeque<Check>, mut check: Check) {
+    check.due = Instant::now() + BETWEEN_NEIGHBOURS;
+    push(shared, deferred, check);
 }
 
-fn push(shared: &Files, queue: &mut VecDeque<Look>, look: Look) {
+fn push(shared: &Files, queue: &mut VecDeque<Check>, check: Check) {
     if queue.len() < MAX_WAITING {
-        queue.push_back(look);
+        queue.push_back(check);
     } else {
-        let detail = "too many shells wait to be looked at again";
-        shared.lose(Failure::CodeQueueFull, Some(&look.watched), detail);
+        let detail = "too many shells wait to be checked again";
+        shared.lose(Failure::CodeQueueFull, Some(&check.watched), detail);
     }
 }
 
-/// The first look, right behind the execve; `None` if there is nothing more to see.
-fn first(shared: &Files, started: Started) -> Option<Look> {
+/// The first check, right after the execve. `None` if no further check is needed.
+fn first(shared: &Files, started: Started) -> Option<Check> {
     let Started { watched, pid, file, exec_name, executed, at } = started;
     let handle = Handle::open(pid).ok()?;
     let exe = handle.exe().ok()?;
-    // By now it may be another program: then what it has is not what was executed.
+    // The process may have executed another program by now. Then /proc shows that one.
     if file.as_deref().is_some_and(|file| file != exe) {
         return None;
     }
-    // As the kernel has recorded them: what /proc shows, the process can change.
+    // The kernel's record comes first: the process can change what /proc shows.
     let recorded = match shared.arguments().of(pid, executed, executed) {
         Recorded::Arguments(arguments) => procfs::split_arguments(&arguments),
         Recorded::Unknown | Recorded::NotYet => None,
@@ -226,18 +237,18 @@ fn first(shared: &Files, started: Started) -> Option<Look> {
         None => handle.arguments().ok()??,
     };
     let standard = standard(&handle);
-    // A shell that is many programs runs its own file again for each of them, by
-    // whatever name it has itself.
+    // A multi-call shell executes its own file again for each of its programs, under any
+    // name.
     if *exec_name == *b"/proc/self/exe" {
         scripts::interpreter(b"busybox", &arguments)?;
     }
-    // A hard link to it may be called like any other program.
+    // A hard link to a multi-call program may have the name of any other program.
     let is_multicall =
         handle.exe_identity().is_ok_and(|(device, inode)| watched.is_multicall(device, inode));
     let program = if is_multicall { b"busybox" } else { exe.as_slice() };
     let (language, rest) = scripts::interpreter(program, &arguments)?;
     let process = describe::as_it_is(&handle, &watched);
-    let mut look = Look {
+    let mut check = Check {
         watched,
         at,
         handle,
@@ -251,80 +262,80 @@ fn first(shared: &Files, started: Started) -> Option<Look> {
     match scripts::runs(language, rest) {
         Runs::Inline => (),
         Runs::File(name) => {
-            look.script = Some(Named {
+            check.script = Some(Named {
                 is_shells: language == Language::Shell,
                 is_executed: *name == *exec_name,
                 is_missing: false,
                 is_certain: false,
                 name,
             });
-            named(shared, &mut look);
+            named(shared, &mut check);
         }
         Runs::Input => match standard.0[0] {
             Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
-                let from = look.handle.connections().remove(&inode);
-                look.pipe = from.map(|from| Script::Pipe {
+                let from = check.handle.connections().remove(&inode);
+                check.pipe = from.map(|from| Script::Pipe {
                     from: Some(format!("a connection to {}", from.remote)),
                 });
             }
             Some(Descriptor::Socket(_)) | None => (),
             Some(_) => {
-                let given = given::by_descriptor(&look.handle, 0);
-                take(shared, &mut look, given);
+                let given = given::by_descriptor(&check.handle, 0);
+                take(shared, &mut check, given);
             }
         },
     }
-    let is_told = direct(shared, &look, &standard);
-    (!is_told).then_some(look)
+    let is_reported = direct(shared, &check, &standard);
+    (!is_reported).then_some(check)
 }
 
-/// Finds the script that was given by name, and judges it. The name is looked up first:
-/// what the shell has not opened yet, it will find there.
-fn named(shared: &Files, look: &mut Look) {
-    let Some(script) = &look.script else { return };
-    let by_name = given::by_name(&look.watched, &look.handle, &script.name);
-    let held = script.is_shells.then(|| given::held_by_shell(&look.handle)).flatten();
-    if let (Some(script), Some(_)) = (&mut look.script, &held) {
+/// Finds the script that was given by name, and judges it. The name is looked up before the
+/// descriptor: if the shell has not opened the script yet, it will find it there.
+fn named(shared: &Files, check: &mut Check) {
+    let Some(script) = &check.script else { return };
+    let by_name = given::by_name(&check.watched, &check.handle, &script.name);
+    let held = script.is_shells.then(|| given::held_by_shell(&check.handle)).flatten();
+    if let (Some(script), Some(_)) = (&mut check.script, &held) {
         script.is_certain = true;
     }
-    take(shared, look, held.map_or(by_name, Given::File));
+    take(shared, check, held.map_or(by_name, Given::File));
 }
 
-/// Tells of a script, if it is not the image's own.
-fn take(shared: &Files, look: &mut Look, given: Given) {
+/// Reports a script, if it is not the image's own.
+fn take(shared: &Files, check: &mut Check, given: Given) {
     match given {
         Given::File(fd) => {
-            match inspect::look_at(shared, &look.watched, Some(&look.handle), &fd) {
-                inspect::Look::Image => look.is_service = true,
-                inspect::Look::Code(code) | inspect::Look::Hosts(code) => {
+            match inspect::examine(shared, &check.watched, Some(&check.handle), &fd) {
+                inspect::Examined::Image => check.is_service = true,
+                inspect::Examined::Code(code) | inspect::Examined::Hosts(code) => {
                     let stat = file::stat(&fd);
-                    // What was executed itself is told by the gate, if that was asked.
-                    let is_told =
+                    // The gate reports a script that was itself executed, if it was asked.
+                    let is_reported =
                         stat.is_ok_and(|stat| shared.table.is_marked(stat.device, stat.mount));
-                    tell_script(shared, look, code, is_told);
+                    report_script(shared, check, code, is_reported);
                 }
-                inspect::Look::Nothing => (),
+                inspect::Examined::Nothing => (),
             }
         }
-        Given::Pipe(pipe) => look.pipe = piped_script(look, pipe),
-        // Of a root whose layers are not read, the upper layer tells.
-        Given::Foreign(path) if look.watched.has_foreign_layers() && is_on_root(look, &path) => {
+        Given::Pipe(pipe) => check.pipe = piped_script(check, pipe),
+        // For a root whose layers are not read, the upper layer decides.
+        Given::Foreign(path) if check.watched.has_foreign_layers() && is_on_root(check, &path) => {
             let Ok(path) = RootfsPath::new(path) else { return };
-            match inspect::of_unread(shared, &look.watched, path, None) {
-                Some(code) => tell_script(shared, look, code, false),
-                None => look.is_service = true,
+            match inspect::of_unread(shared, &check.watched, path, None) {
+                Some(code) => report_script(shared, check, code, false),
+                None => check.is_service = true,
             }
         }
         Given::Foreign(path) => {
             if shared.settings.looks_at(Filesystem::Volume)
                 && let Ok(path) = RootfsPath::new(path)
             {
-                tell_script(shared, look, inspect::unasked(path), false);
+                report_script(shared, check, inspect::unasked(path), false);
             }
         }
         Given::Nothing => (),
         Given::Missing => {
-            if let Some(script) = &mut look.script {
+            if let Some(script) = &mut check.script {
                 script.is_missing = true;
             }
         }
@@ -332,91 +343,93 @@ fn take(shared: &Files, look: &mut Look, given: Given) {
 }
 
 /// Whether a path leads onto no other mount than the container's root, by its text.
-fn is_on_root(look: &Look, path: &[u8]) -> bool {
-    let Ok(mountinfo) = look.handle.mountinfo() else { return false };
+fn is_on_root(check: &Check, path: &[u8]) -> bool {
+    let Ok(mountinfo) = check.handle.mountinfo() else { return false };
     let mut mounts: Vec<_> = mounts::parse(&mountinfo)
         .filter(|mount| overlay::strip_directory(path, &mount.mount_point).is_some())
         .collect();
     mounts.sort_by_key(|mount| mount.mount_point.len());
-    mounts.last().is_some_and(|mount| mount.device == look.watched.device)
+    mounts.last().is_some_and(|mount| mount.device == check.watched.device)
 }
 
-/// A later look at a script: by now the shell has opened it, or the name has led nowhere
-/// for so long that it was no mistake.
-fn named_again(shared: &Files, look: &mut Look) {
-    let Some(script) = &mut look.script else { return };
+/// A later check of a script: by now the shell has opened it, or the name has led nowhere
+/// for so long that the script is really gone.
+fn named_again(shared: &Files, check: &mut Check) {
+    let Some(script) = &mut check.script else { return };
     let is_missing = std::mem::take(&mut script.is_missing);
     let is_shells = script.is_shells && !std::mem::replace(&mut script.is_certain, true);
     if is_shells
-        && (is_missing || look.is_service)
-        && let Some(held) = given::held_by_shell(&look.handle)
+        && (is_missing || check.is_service)
+        && let Some(held) = given::held_by_shell(&check.handle)
     {
-        look.is_service = false;
-        return take(shared, look, Given::File(held));
+        check.is_service = false;
+        return take(shared, check, Given::File(held));
     }
     if !is_missing {
         return;
     }
-    let given = given::by_name(&look.watched, &look.handle, &script.name);
+    let given = given::by_name(&check.watched, &check.handle, &script.name);
     if !matches!(given, Given::Missing) {
-        return take(shared, look, given);
+        return take(shared, check, given);
     }
-    // It runs, so there was one. What cannot be found is not the image's own.
+    // The interpreter runs, so there was a script. A script that cannot be found does not
+    // count as the image's own.
     let name = script.name.clone();
     let path = if name.starts_with(b"/") {
         RootfsPath::new(name)
     } else {
-        let directory = look.handle.cwd().unwrap_or_default();
+        let directory = check.handle.cwd().unwrap_or_default();
         RootfsPath::new([&directory, &b"/"[..], &name].concat())
     };
     if let Ok(path) = path {
-        tell_script(shared, look, inspect::gone(path, Filesystem::Overlay), false);
+        report_script(shared, check, inspect::gone(path, Filesystem::Overlay), false);
     }
 }
 
-/// A later look: it may have become a shell on a connection, or have been one all
-/// along, with pipes in between.
-fn again(shared: &Files, mut look: Look, around: &mut Around) -> Seen {
-    let is_alive = look.handle.stat().is_ok_and(|stat| !stat.has_ended());
+/// A later check: the process may have become a shell on a connection, or may have been one
+/// from the beginning, with pipes in between.
+fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
+    let is_alive = check.handle.stat().is_ok_and(|stat| !stat.has_ended());
     if is_alive {
-        named_again(shared, &mut look);
-        let standard = standard(&look.handle);
-        if direct(shared, &look, &standard) {
-            return Seen::Enough;
+        named_again(shared, &mut check);
+        let standard = standard(&check.handle);
+        if direct(shared, &check, &standard) {
+            return Outcome::Enough;
         }
-        if !look.is_service && standard.may_be_relayed() {
-            let Some(others) = around.of(&look.watched) else {
-                return Seen::NotYet(Box::new(look));
+        if !check.is_service && standard.may_be_relayed() {
+            let Some(others) = around.of(&check.watched) else {
+                return Outcome::NotYet(Box::new(check));
             };
             let evidence = shells::piped(&standard, others);
             if let Some(evidence) = evidence.or_else(|| shells::relayed(&standard, others)) {
-                tell_shell(shared, &look, false, evidence);
-                return Seen::Enough;
+                report_shell(shared, &check, false, evidence);
+                return Outcome::Enough;
             }
         }
     }
-    look.again += 1;
-    // A shell on a connection is no script from a pipe as well.
-    if let Some(script) = look.pipe.take() {
-        let fact = Fact::Interpreted { script, process: Arc::new(look.process.clone()) };
-        shared.observe(&look.watched, look.at, Source::Trace, fact);
+    check.again += 1;
+    // Only now: a shell on a connection is not also reported as a script from a pipe.
+    if let Some(script) = check.pipe.take() {
+        let fact = Fact::Interpreted { script, process: Arc::new(check.process.clone()) };
+        shared.observe(&check.watched, check.at, Source::Trace, fact);
     }
-    if is_alive { Seen::ForNow(Box::new(look)) } else { Seen::Enough }
+    if is_alive { Outcome::ForNow(Box::new(check)) } else { Outcome::Enough }
 }
 
-/// The processes of the container that was looked at last: shells that start together
-/// are looked at together.
+/// The processes of the container that was scanned last. One scan serves all shells that
+/// start together.
 #[derive(Default)]
 struct Around {
     last: Option<(Instant, ContainerId, Vec<Neighbour>)>,
 }
 
 impl Around {
-    /// `None` if another container's were looked at just now.
+    /// `None` if another container's processes were scanned just now.
     fn of(&mut self, watched: &Watched) -> Option<&[Neighbour]> {
         let is_young = |at: &Instant| at.elapsed() < BETWEEN_NEIGHBOURS;
         let last = self.last.take().filter(|(at, ..)| is_young(at));
-        let is_others = last.as_ref().is_some_and(|(_, whose, _)| *whose != watched.container);
+        let is_others =
+            last.as_ref().is_some_and(|(_, container, _)| *container != watched.container);
         let now = || (Instant::now(), watched.container.clone(), neighbours(watched));
         let last = last.unwrap_or_else(now);
         let (_, _, neighbours) = self.last.insert(last);
@@ -428,36 +441,38 @@ fn standard(handle: &Handle) -> Standard {
     Standard([0, 1, 2].map(|number| handle.descriptor(number).ok()))
 }
 
-/// Tells of a shell on a connection; whether it is one.
-fn direct(shared: &Files, look: &Look, standard: &Standard) -> bool {
-    let Some(inode) = standard.socket().filter(|_| !look.is_service) else { return false };
-    let Some(connection) = look.handle.connections().remove(&inode) else { return false };
-    tell_shell(shared, look, true, shells::direct(&connection.remote));
+/// Reports a shell on a connection. True if the process is one.
+fn direct(shared: &Files, check: &Check, standard: &Standard) -> bool {
+    let Some(inode) = standard.socket().filter(|_| !check.is_service) else { return false };
+    let Some(connection) = check.handle.connections().remove(&inode) else { return false };
+    report_shell(shared, check, true, shells::direct(&connection.remote));
     true
 }
 
-fn tell_shell(shared: &Files, look: &Look, direct: bool, evidence: String) {
-    let root = look.process.identity;
-    let process = Arc::new(look.process.clone());
+fn report_shell(shared: &Files, check: &Check, direct: bool, evidence: String) {
+    let root = check.process.identity;
+    let process = Arc::new(check.process.clone());
     let fact = Fact::ReverseShell { process, direct, evidence };
-    // What it runs from here on is what is done over the connection.
-    shared.note_session(&look.watched);
-    if shared.observe(&look.watched, look.at, Source::Trace, fact)
-        && shared.roots().open(&look.watched.container, root)
+    // What it runs from now on is activity over the connection, and so of a session.
+    shared.note_session(&check.watched);
+    if shared.observe(&check.watched, check.at, Source::Trace, fact)
+        && shared.roots().open(&check.watched.container, root)
     {
-        let watched = look.watched.clone();
+        let watched = check.watched.clone();
         let event = Event::Opened { watched, root, is_interactive: true, process: None };
-        shared.act(&look.watched, Act::Event(event));
+        shared.act(&check.watched, Act::Event(event));
     }
 }
 
-fn tell_script(shared: &Files, look: &mut Look, code: Code, is_told_when_executed: bool) {
+fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when_executed: bool) {
     let Code { path, filesystem, state, lower, file_of } = code;
-    let process = Arc::new(look.process.clone());
-    let executed = look.script.as_ref().filter(|script| script.is_executed);
+    let process = Arc::new(check.process.clone());
+    let executed = check.script.as_ref().filter(|script| script.is_executed);
     let fact = match executed {
-        // A descriptor that was executed is the trace's affair.
-        Some(script) if is_told_when_executed || records::descriptor(&script.name).is_some() => {
+        // The trace reports a descriptor that was executed.
+        Some(script)
+            if is_reported_when_executed || records::descriptor(&script.name).is_some() =>
+        {
             return;
         }
         Some(_) => Fact::Executed {
@@ -473,41 +488,42 @@ fn tell_script(shared: &Files, look: &mut Look, code: Code, is_told_when_execute
             writer: None,
         },
         None => {
-            let may_be_executed = is_told_when_executed && state.mode & 0o111 != 0;
+            let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
             let script = Script::File { path, filesystem, state, lower };
-            if may_be_executed && file_of.is_none() && look.pipe.is_none() {
+            if may_be_executed && file_of.is_none() && check.pipe.is_none() {
                 // `#!/usr/bin/env X`, or a text without `#!`: the gate reports that it was
                 // executed, and that comes first.
-                look.pipe = Some(script);
+                check.pipe = Some(script);
                 return;
             }
             Fact::Interpreted { script, process }
         }
     };
-    shared.observe_file_of(&look.watched, file_of, look.at, Source::Trace, fact);
+    shared.observe_file_of(&check.watched, file_of, check.at, Source::Trace, fact);
 }
 
-/// A script from a pipe that the container's own processes have made. What came in
-/// with a session, or with the container's start, is whoever's who opened it.
-fn piped_script(look: &Look, pipe: Pipe) -> Option<Script> {
-    let stat = look.handle.first_stat();
+/// A script from a pipe that the container's own processes have made. `None` for a pipe that
+/// came in with a session or with the container's start: the process outside that opened it
+/// is the source.
+fn piped_script(check: &Check, pipe: Pipe) -> Option<Script> {
+    let stat = check.handle.first_stat();
     // The last one is outside.
-    let mut chain = procfs::ancestors(stat, look.watched.pid_namespace);
+    let mut chain = procfs::ancestors(stat, check.watched.pid_namespace);
     chain.retain(|ancestor| {
-        ancestor.pid_namespace().ok() == look.watched.pid_namespace
-            && ancestor.mount_namespace().ok() == look.watched.mount_namespace
+        ancestor.pid_namespace().ok() == check.watched.pid_namespace
+            && ancestor.mount_namespace().ok() == check.watched.mount_namespace
     });
     let is_it =
         |found| matches!(found, Ok(Descriptor::Pipe { device, inode }) if (device, inode) == pipe);
     if is_it(chain.last()?.descriptor(0)) {
         return None;
     }
-    let from = neighbours(&look.watched).into_iter().find(|other| other.writes.contains(&pipe));
+    let from = neighbours(&check.watched).into_iter().find(|other| other.writes.contains(&pipe));
     Some(Script::Pipe { from: from.map(|from| from.name) })
 }
 
-/// Whether a process is itself what is told of as a shell on this connection: what it
-/// gives a terminal to is its own affair.
+/// Whether a process is itself reported as a shell on this connection. Such a process is no
+/// relay for the processes that it gives a terminal to.
 fn is_shell_on(handle: &Handle, connection: u64) -> bool {
     let is_interpreter = || {
         let (exe, arguments) = (handle.exe().ok()?, handle.arguments().ok()??);
@@ -516,7 +532,7 @@ fn is_shell_on(handle: &Handle, connection: u64) -> bool {
     standard(handle).socket() == Some(connection) && is_interpreter().is_some()
 }
 
-/// The processes of a container, with what leads to and from them.
+/// The processes of a container, with their pipes, sockets and terminals.
 fn neighbours(watched: &Watched) -> Vec<Neighbour> {
     let mut connections = None;
     reach::processes_of(watched)
@@ -540,8 +556,8 @@ fn neighbours(watched: &Watched) -> Vec<Neighbour> {
                         }
                     }
                     Ok(Descriptor::Socket(inode)) => {
-                        // All of a container's processes, but for those that have
-                        // made themselves a network of their own.
+                        // One table serves all processes of a container, except those
+                        // that have created a network of their own.
                         let known = connections.get_or_insert_with(|| handle.connections());
                         match known.get(&inode) {
                             Some(connection) => _ = held.insert(inode, connection.clone()),

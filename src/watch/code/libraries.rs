@@ -1,10 +1,13 @@
 //! Libraries: code that a program maps, and that is not known to be the image's.
 //!
-//! The kernel records every executable mapping ([`crate::sys::perf`]). Nearly all
-//! of them are the image's own libraries, which one look into the container's own
-//! layer tells: the name is not there, and the image has a file with this inode. What
-//! is left is hashed and told. All of that happens on a thread of its own, behind a
-//! channel that never makes the trace wait.
+//! The kernel records every executable mapping ([`crate::sys::perf`]). Nearly all of them
+//! are the image's own libraries, which one check of the container's own layer shows: the
+//! name is not there, and the image has a file with this inode. The rest is hashed and
+//! reported. All of that happens on the thread `libraries`, behind a channel that never makes
+//! the trace wait.
+//!
+//! [`Tracing`] takes the trace's records. It also passes interpreters on to `interpreters`,
+//! and reads no file itself. `inspect` examines the files.
 //!
 //! ```text
 //! trace ── Loading ──> the name is not in the upper layer, and the image has it ──> done
@@ -38,7 +41,7 @@ use crate::watch::process::records::TraceConsumer;
 use crate::watch::process::shared::Processes;
 use crate::watch::process::{deeds, describe, reach};
 
-/// Code that a process of a container has mapped, and not by its execve.
+/// Code that a process of a container has mapped, other than by its execve.
 #[derive(Clone, Debug)]
 pub(crate) struct Loading {
     pub(crate) watched: Arc<Watched>,
@@ -58,14 +61,14 @@ impl Owned for Loading {
 /// What a process runs, as its execve was recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Program {
-    /// When its execve was over; 0 for one that nobody has seen.
+    /// When its execve ended. 0 if that was not recorded.
     pub(crate) since: u64,
     /// The program's own file, links resolved, as the process sees it.
     pub(crate) file: Option<Arc<[u8]>>,
 }
 
 impl Program {
-    /// Whether it is a dynamic linker, which runs the program that it is given.
+    /// Whether it is a dynamic linker, which runs another program that it is given.
     fn is_linker(&self) -> bool {
         self.file.as_deref().is_some_and(scripts::is_linker)
     }
@@ -96,20 +99,20 @@ impl Programs {
         &self.running.entry(pid).insert_entry(running).into_mut().program
     }
 
-    /// Who loads, and whether it is the first time.
+    /// The program of a process that loads code, and whether it is its first code.
     fn loads(&mut self, pid: u32) -> (Program, bool) {
         match self.running.get_mut(&pid) {
             Some(running) => {
                 let is_first = !std::mem::replace(&mut running.has_loaded, true);
                 (running.program.clone(), is_first)
             }
-            // Before anybody looked, or a child that goes on with its parent's program.
+            // Executed before driftd recorded, or a child that continues its parent's program.
             None => (Program::default(), false),
         }
     }
 }
 
-/// Hands on what the trace has seen, without ever waiting.
+/// Passes on the trace's records, without ever waiting.
 #[derive(Debug)]
 pub(crate) struct Tracing {
     programs: Programs,
@@ -123,7 +126,7 @@ impl Tracing {
     }
 }
 
-/// The time of a record, by the clock that findings are told in.
+/// The time of a record, by the clock of findings.
 fn timestamp(time: u64) -> Timestamp {
     let ago = i64::try_from(perf::now().saturating_sub(time)).unwrap_or_default();
     let now = Timestamp::now();
@@ -160,7 +163,7 @@ impl TraceConsumer for Tracing {
             at: timestamp(*time),
         };
         if let Err(TrySendError::Full(dropped)) = self.started.try_send(Box::new(started)) {
-            let detail = "too many interpreters wait to be looked at";
+            let detail = "too many interpreters wait to be checked";
             shared.lose(Failure::CodeQueueFull, Some(&dropped.watched), detail);
         }
     }
@@ -178,7 +181,7 @@ impl TraceConsumer for Tracing {
             is_first,
         };
         if let Err(TrySendError::Full(dropped)) = self.loadings.try_send(Box::new(loading)) {
-            let detail = "too many libraries wait to be looked at";
+            let detail = "too many libraries wait to be checked";
             shared.lose(Failure::CodeQueueFull, Some(&dropped.watched), detail);
         }
     }
@@ -192,14 +195,13 @@ impl TraceConsumer for Tracing {
     }
 }
 
-/// How many mappings of one container are looked at in a second that are not the
-/// image's at first sight.
+/// How many mappings of one container that may not be the image's are examined in a second.
 const BUDGET: u32 = 2000;
 
-/// More pairs of a process and its library are not remembered as told.
-const MAX_TOLD: usize = 16 * 1024;
+/// No more pairs of a process and its library are remembered as reported.
+const MAX_REPORTED: usize = 16 * 1024;
 
-/// A file's writer may not have been told by the change feed yet: it is waited for.
+/// How long a file waits for its writer, which the change feed may not have reported yet.
 const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
 
 /// A file by the device of its container's overlay and its name.
@@ -209,28 +211,28 @@ type Named = (u64, Box<[u8]>);
 struct Libraries {
     /// Files of the image, by container: the layers do not change under it.
     in_image: HashMap<Named, Option<(u64, u64)>>,
-    told: HashSet<(u32, u64, u64, u64)>,
+    reported: HashSet<(u32, u64, u64, u64)>,
     budgets: HashMap<u64, (Instant, u32)>,
-    waiting: VecDeque<(Instant, Loading, Looked, Option<Process>)>,
+    waiting: VecDeque<(Instant, Loading, Examined, Option<Process>)>,
 }
 
 /// More names than this are not remembered.
 const MAX_NAMES: usize = 16 * 1024;
 
-/// How often it is asked whether all processes are to be looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How often containers are checked for a request to scan their processes.
+const CHECK_EVERY: Duration = Duration::from_millis(250);
 
-/// How many mappings are taken at once; one look is enough for all of them.
+/// How many mappings are taken at once. Each file of the image is checked once for all.
 const BATCH: usize = 512;
 
 pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
     let mut libraries = Libraries::default();
-    let mut last_look = Instant::now();
+    let mut last_check = Instant::now();
     let mut pass: Option<Pass> = None;
     let mut is_last = false;
     loop {
-        if last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
-            last_look = Instant::now();
+        if last_check.elapsed() >= CHECK_EVERY && !shared.is_stopping() {
+            last_check = Instant::now();
             for watched in shared.table.all() {
                 watched.learn_multicall(multicall);
             }
@@ -240,7 +242,7 @@ pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
         }
         let mut patience = match libraries.waiting.front() {
             Some((due, ..)) => due.saturating_duration_since(Instant::now()),
-            None => LOOK_EVERY,
+            None => CHECK_EVERY,
         };
         if let Some(going) = pass.as_mut().filter(|_| !shared.is_stopping()) {
             let rest = shared.rest();
@@ -254,7 +256,7 @@ pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
         }
         match shared.next_within(loadings, patience) {
             Next::Item(first) => {
-                // What was mapped before we look is covered by the look.
+                // A check covers the same file in all mappings that were recorded before it.
                 let mut image = HashSet::new();
                 let rest = std::iter::from_fn(|| loadings.recv_timeout(Duration::ZERO).ok());
                 for loading in std::iter::once(first).chain(rest.take(BATCH)) {
@@ -271,11 +273,11 @@ pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
             Next::Nothing => (),
             Next::End => is_last = true,
         }
-        // At the end their writers are not waited for.
+        // At the end, mappings do not wait for their writers.
         let is_due = |due: &Instant| *due <= Instant::now() || is_last;
         while libraries.waiting.front().is_some_and(|(due, ..)| is_due(due)) {
-            if let Some((_, loading, looked, process)) = libraries.waiting.pop_front() {
-                tell(shared, &loading, looked, process, Source::Trace);
+            if let Some((_, loading, examined, process)) = libraries.waiting.pop_front() {
+                report(shared, &loading, examined, process, Source::Trace);
             }
         }
         if is_last {
@@ -284,11 +286,10 @@ pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
     }
 }
 
-/// One pass over all processes, for all containers of which it is to be looked at
-/// what they have loaded. It goes on in slices, so that what is loaded meanwhile does
-/// not wait.
+/// One scan of all processes, for all containers whose loaded code is to be scanned. It
+/// proceeds in slices, so that code that is loaded meanwhile does not wait.
 struct Pass {
-    /// By their pid and mount namespaces: each process is asked once where it is.
+    /// By pid and mount namespace: the namespaces of each process are read once.
     wanted: HashMap<(u64, Option<u64>), Vec<Arc<Watched>>>,
     pids: std::vec::IntoIter<u32>,
 }
@@ -310,7 +311,7 @@ impl Pass {
         Some(Pass { wanted, pids: procfs::all().ok()?.into_iter() })
     }
 
-    /// Looks at some processes; true when all have been looked at.
+    /// Scans some processes. True when all have been scanned.
     fn step(&mut self, shared: &Files, libraries: &mut Libraries) -> bool {
         let begun = Instant::now();
         while begun.elapsed() < fair::SLICE {
@@ -327,11 +328,11 @@ impl Pass {
 }
 
 impl Libraries {
-    /// Looks at one mapping; true if it is the image's own.
+    /// Checks one mapping. True if it is the image's own.
     fn take(&mut self, shared: &Files, loading: Loading) -> bool {
         let Loading { watched, mapped, program, .. } = &loading;
-        let told = (mapped.pid, program.since, mapped.device, mapped.inode);
-        if self.told.contains(&told) {
+        let reported = (mapped.pid, program.since, mapped.device, mapped.inode);
+        if self.reported.contains(&reported) {
             return false;
         }
         let place = self.place(watched, mapped);
@@ -340,41 +341,42 @@ impl Libraries {
             Place::NoFile => return false,
             place => place,
         };
-        if !self.may_look(watched) {
+        if !self.is_within_budget(watched) {
             shared.lose(
                 Failure::CodeQueueFull,
                 Some(watched),
-                "more libraries were loaded than are looked at",
+                "more libraries were loaded than are checked",
             );
             return false;
         }
         let handle = Handle::open(mapped.pid).ok();
-        let Some(looked) = look(shared, watched, mapped, handle.as_ref(), place) else {
+        let Some(examined) = examine(shared, watched, mapped, handle.as_ref(), place) else {
             return false;
         };
-        let code = &looked.code;
+        let code = &examined.code;
         if code.file_of.is_some()
             && code.file_of
                 == handle.as_ref().and_then(|handle| deeds::runs_file_of(shared, handle))
         {
-            // A program of that container is reported itself; its own libraries are not.
+            // The process runs a program of that container. That is reported, and the
+            // libraries that belong to it are not.
             return false;
         }
-        if self.told.len() >= MAX_TOLD {
-            self.told.clear();
+        if self.reported.len() >= MAX_REPORTED {
+            self.reported.clear();
         }
-        self.told.insert(told);
+        self.reported.insert(reported);
         let process = handle.map(|handle| describe::as_it_is(&handle, watched));
-        let has_writer = looked.writer(shared, watched).is_some();
+        let has_writer = examined.writer(shared, watched).is_some();
         if code.filesystem == Filesystem::Overlay && !has_writer {
-            self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, looked, process));
+            self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, examined, process));
         } else {
-            tell(shared, &loading, looked, process, Source::Trace);
+            report(shared, &loading, examined, process, Source::Trace);
         }
         false
     }
 
-    fn may_look(&mut self, watched: &Watched) -> bool {
+    fn is_within_budget(&mut self, watched: &Watched) -> bool {
         let now = Instant::now();
         if self.budgets.len() > 4096 {
             self.budgets.clear();
@@ -387,16 +389,16 @@ impl Libraries {
         *spent <= BUDGET
     }
 
-    /// Where a mapped file lies, as far as its name and its number tell.
+    /// Where a mapped file lies, as far as its name and its inode show.
     fn place(&mut self, watched: &Arc<Watched>, mapped: &Mapped) -> Place {
         if inspect::memfd_name(mapped.device, &mapped.name).is_some() {
-            // Code that a compiler at run time writes through one mapping and runs
-            // through another is shared; a library is not.
+            // A compiler at run time writes code through one mapping and runs it through
+            // another: these are shared mappings. A library's is not.
             return if mapped.is_shared { Place::NoFile } else { Place::Elsewhere };
         }
         let Ok(path) = RootfsPath::new(&mapped.name) else { return Place::NoFile };
-        // Before Linux 6.18 a record can name the file below the overlay. Of the layers'
-        // filesystem a container can have volumes too, so only that very file is taken.
+        // Before Linux 6.18 a record can name the file below the overlay. A container can also
+        // have volumes on the layers' filesystem, so only that very file is accepted.
         let is_below = mapped.device != watched.device;
         if is_below && !watched.layers().is_some_and(|layers| layers.is_on(mapped.device)) {
             return Place::Elsewhere;
@@ -409,7 +411,7 @@ impl Libraries {
             }
             Upper::File { .. } | Upper::Hidden | Upper::Unknown if is_below => Place::Elsewhere,
             Upper::File { fd, stat } => Place::PerhapsUpper(path, fd, stat),
-            // The layers below are not read.
+            // The lower layers are not read.
             Upper::Absent if watched.has_foreign_layers() && is_below => Place::Elsewhere,
             Upper::Absent if watched.has_foreign_layers() => Place::Image,
             Upper::Hidden | Upper::Unknown => Place::Unclear,
@@ -431,8 +433,8 @@ impl Libraries {
         }
     }
 
-    /// What a process of the container has loaded by now: before there was anybody
-    /// to see it, or unseen.
+    /// Reports what a process of the container has loaded by now: before driftd recorded, or
+    /// without a record.
     fn scan(&mut self, shared: &Files, watched: &Arc<Watched>, handle: &Handle) {
         let Ok(mappings) = handle.mapped_code() else { return };
         let pid = handle.identity().pid;
@@ -458,7 +460,7 @@ impl Libraries {
             if matches!(place, Place::Image | Place::NoFile) {
                 continue;
             }
-            let Some(looked) = look(shared, watched, &mapped, Some(handle), place) else {
+            let Some(examined) = examine(shared, watched, &mapped, Some(handle), place) else {
                 continue;
             };
             let process = Some(describe::as_it_is(handle, watched));
@@ -469,7 +471,7 @@ impl Libraries {
                 program: Program::default(),
                 is_first: false,
             };
-            tell(shared, &loading, looked, process, Source::Scan);
+            report(shared, &loading, examined, process, Source::Scan);
         }
     }
 }
@@ -484,20 +486,20 @@ enum Place {
     Upper(RootfsPath, std::os::fd::OwnedFd, crate::sys::file::Stat),
     /// The same, unless another file has taken its name since.
     PerhapsUpper(RootfsPath, std::os::fd::OwnedFd, crate::sys::file::Stat),
-    /// On the container's overlay. The process knows more.
+    /// On the container's overlay. Only the process's own view shows more.
     Unclear,
     /// Not on the container's overlay.
     Elsewhere,
 }
 
-/// A mapped file, and what it is known by when it has no name any more.
+/// A mapped file, and its metadata, which identifies it when its name is gone.
 #[derive(Debug)]
-struct Looked {
+struct Examined {
     code: Code,
     stat: Option<crate::sys::file::Stat>,
 }
 
-impl Looked {
+impl Examined {
     fn writer(&self, shared: &Files, watched: &Watched) -> Option<Arc<Process>> {
         if self.code.filesystem != Filesystem::Overlay {
             return None;
@@ -509,24 +511,27 @@ impl Looked {
 }
 
 /// What a mapped file holds; `None` if it is the image's own after all.
-fn look(
+fn examine(
     shared: &Files,
     watched: &Arc<Watched>,
     mapped: &Mapped,
     handle: Option<&Handle>,
     place: Place,
-) -> Option<Looked> {
+) -> Option<Examined> {
     let of_upper = |path, fd: &_, stat: crate::sys::file::Stat| {
-        Some(Looked { code: inspect::of_upper(shared, watched, path, fd, &stat), stat: Some(stat) })
+        Some(Examined {
+            code: inspect::of_upper(shared, watched, path, fd, &stat),
+            stat: Some(stat),
+        })
     };
     let of_descriptor = |handle, fd: &_| {
         let code = is_library(inspect::of_descriptor(shared, watched, handle, fd)?)?;
-        Some(Looked { code, stat: crate::sys::file::stat(fd).ok() })
+        Some(Examined { code, stat: crate::sys::file::stat(fd).ok() })
     };
     if let Place::Upper(path, fd, stat) = place {
         return of_upper(path, &fd, stat);
     }
-    // The file itself, for as long as the process has it mapped.
+    // Opens the file itself, as long as the process has it mapped.
     let end = mapped.address.saturating_add(mapped.length);
     if let Some(handle) = handle
         && let Ok(fd) = handle.open_mapped(mapped.address, end)
@@ -554,8 +559,8 @@ fn look(
     } else {
         match View::of([&init?]).ground_of_device(mapped.device) {
             Some(Ground::Memory) => Filesystem::Tmpfs,
-            // Of a mount namespace of its own, or a library of the runtime's that it
-            // loaded on its way in, from a filesystem of the host of which the
+            // It lies in a mount namespace that the process made, or it is a library that
+            // the runtime loaded on its way in, from a filesystem of the host of which the
             // container has a part.
             Some(Ground::Disk | Ground::Kernel | Ground::Process | Ground::Foreign) | None => {
                 return None;
@@ -563,10 +568,10 @@ fn look(
         }
     };
     let code = inspect::gone(RootfsPath::new(name).ok()?, filesystem);
-    Some(Looked { code, stat: None })
+    Some(Examined { code, stat: None })
 }
 
-/// What a program compiles into memory of its own is no library.
+/// Excludes what a program compiles into its own memory: that is no library.
 fn is_library(code: Code) -> Option<Code> {
     let is_other = code.filesystem == Filesystem::Anonymous
         && matches!(code.state.content, Content::Hashed { .. })
@@ -574,16 +579,16 @@ fn is_library(code: Code) -> Option<Code> {
     (!is_other).then_some(code)
 }
 
-fn tell(
+fn report(
     shared: &Files,
     loading: &Loading,
-    looked: Looked,
+    examined: Examined,
     process: Option<Process>,
     source: Source,
 ) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    let writer = looked.writer(shared, watched);
-    let Code { path, filesystem, state, lower, file_of } = looked.code;
+    let writer = examined.writer(shared, watched);
+    let Code { path, filesystem, state, lower, file_of } = examined.code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
         exe: program.file.as_deref().map(printable),
@@ -607,7 +612,7 @@ fn tell(
     shared.observe_file_of(watched, file_of, *at, source, fact);
 }
 
-/// The image's programs that are many.
+/// The inodes of the image's multi-call programs.
 fn multicall(watched: &Watched) -> Vec<u64> {
     let paths = ["/bin/busybox", "/usr/bin/busybox", "/bin/toybox", "/usr/bin/toybox"];
     let inodes = paths.iter().filter_map(|path| {
@@ -680,7 +685,7 @@ mod tests {
     }
 
     #[test]
-    fn no_number_of_processes_takes_more_than_its_room() {
+    fn the_number_of_remembered_processes_is_bounded() {
         let mut programs = Programs::default();
         for pid in 0..3 * u32::try_from(MAX_PROGRAMS).unwrap() {
             programs.executed(pid, 1, None);

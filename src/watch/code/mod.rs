@@ -1,4 +1,8 @@
-//! Code that is not executed as a file: libraries, scripts, and what shells are given.
+//! Code that is not executed as a file: libraries, scripts, and the input of shells.
+//!
+//! `libraries` takes the trace's records and passes interpreters on as `started`;
+//! `interpreters` checks those. `scripts` and `shells` decide by value, `given` finds a
+//! script as its interpreter does, and `inspect` reads files.
 //!
 //! It knows `core`, `process` and `files`.
 

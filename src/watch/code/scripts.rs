@@ -1,9 +1,10 @@
 //! What an interpreter was started on, by its name and its arguments.
 //!
-//! Best effort, and said so: the arguments are read from a process that may have
-//! ended, and a program can read any file as a script without naming it. What is
-//! here is how the usual interpreters understand their command line; what is not
-//! understood is no script.
+//! This is best effort: a program can read any file as a script without naming it. The file
+//! holds how the usual interpreters parse their command line. A command line that is not
+//! understood is no script. Everything is decided by value and nothing is read: `interpreters`
+//! reads the arguments, and `libraries` asks [`may_interpret`]. The names of programs are in
+//! `model::programs`.
 
 use crate::model::programs;
 
@@ -12,9 +13,9 @@ pub(crate) use crate::model::programs::Language;
 /// What an interpreter runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Runs {
-    /// The file of this name, as the program was given it.
+    /// The file of this name, as the name was given to the program.
     File(Vec<u8>),
-    /// What it reads from its standard input.
+    /// The text on its standard input.
     Input,
     /// Text among its arguments, a module by its name, or nothing of its own.
     Inline,
@@ -25,8 +26,8 @@ pub(crate) fn is_linker(path: &[u8]) -> bool {
     programs::is_dynamic_linker(file_name(path))
 }
 
-/// The program that a dynamic linker was given, and that program's arguments, its name
-/// among them.
+/// The program that a dynamic linker was given, and that program's arguments, which begin
+/// with its name.
 fn behind_linker(arguments: &[Vec<u8>]) -> Option<(&[u8], &[Vec<u8>])> {
     const WITH_VALUE: &[&[u8]] = &[
         b"--argv0",
@@ -59,9 +60,8 @@ pub(crate) fn may_interpret(program: &[u8]) -> bool {
     programs::is_multicall(name) || programs::language(name).is_some() || is_linker(name)
 }
 
-/// Which interpreter this is: by its file's own name, and by the name it was
-/// called if the file is many programs in one. With what is left of its arguments
-/// behind its name.
+/// Which interpreter this is: by its file's own name, or by the name that it was started
+/// with if the file is a multi-call program. Also returns its arguments behind its name.
 pub(crate) fn interpreter<'a>(
     program: &[u8],
     arguments: &'a [Vec<u8>],
@@ -73,13 +73,13 @@ pub(crate) fn interpreter<'a>(
     }
     let (first, rest) = arguments.split_first()?;
     // A login shell's name begins with a dash.
-    let called = file_name(first.strip_prefix(b"-").unwrap_or(first));
-    if programs::is_multicall(name) && programs::is_multicalls_own_name(called) {
+    let started_as = file_name(first.strip_prefix(b"-").unwrap_or(first));
+    if programs::is_multicall(name) && programs::is_multicalls_own_name(started_as) {
         let (applet, rest) = rest.split_first()?;
         return Some((programs::language(file_name(applet))?, rest));
     }
     // Links to a multi-call program have its content and a name of their own.
-    let language = programs::language(if programs::is_multicall(name) { called } else { name });
+    let language = programs::language(if programs::is_multicall(name) { started_as } else { name });
     Some((language?, rest))
 }
 
@@ -134,9 +134,9 @@ fn shell(arguments: &[Vec<u8>]) -> Runs {
     Runs::Input
 }
 
-/// Walks options in the manner of getopt(3): a cluster of letters behind one
-/// dash, where a letter of `with_value` takes what is left of the argument, or
-/// else the next one. `inline` letters mean that the program's text is given so.
+/// Parses options like getopt(3): a cluster of letters behind one dash, where a letter of
+/// `with_value` takes the rest of the argument or else the next one, and a letter of
+/// `with_attached` only the rest. `inline` letters mean that the value is the program's text.
 /// Stops behind the options.
 fn clusters<'a>(
     arguments: &'a [Vec<u8>],
@@ -242,7 +242,7 @@ fn php(arguments: &[Vec<u8>]) -> Runs {
             b"--" => return operand(rest.next()),
             b"-f" | b"-F" | b"--file" | b"--process-file" => return operand(rest.next()),
             [b'-', b'f' | b'F', name @ ..] => return Runs::File(name.to_vec()),
-            // Text, or only a question about PHP itself.
+            // Text, or only a request for information about PHP itself.
             [b'-', b'r' | b'R' | b'B' | b'E' | b'a' | b'i' | b'm' | b'v' | b'h', ..]
             | b"--run"
             | b"--process-code"
@@ -336,7 +336,7 @@ mod tests {
         let (program, arguments) = line.split_once(": ").unwrap();
         let arguments: Vec<Vec<u8>> =
             arguments.split(' ').map(|argument| argument.as_bytes().to_vec()).collect();
-        let told = match interpreter(program.as_bytes(), &arguments)
+        let result = match interpreter(program.as_bytes(), &arguments)
             .map(|(language, rest)| runs(language, rest))
         {
             None => "none".to_owned(),
@@ -344,7 +344,7 @@ mod tests {
             Some(Runs::Input) => "input".to_owned(),
             Some(Runs::File(name)) => format!("file {}", String::from_utf8(name).unwrap()),
         };
-        assert_eq!(told, expected, "{line}");
+        assert_eq!(result, expected, "{line}");
     }
 
     #[test]
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_is_many_is_known_by_the_name_it_was_called() {
+    fn a_multi_call_program_is_known_by_the_name_it_was_started_with() {
         check("/bin/busybox: busybox sh /tmp/i.sh", "file /tmp/i.sh");
         check("/bin/busybox: /bin/busybox ash -c x", "inline");
         check("/bin/busybox: sh /tmp/i.sh", "file /tmp/i.sh");
@@ -403,7 +403,7 @@ mod tests {
         check("/bin/busybox: busybox", "none");
         check("/bin/busybox: busyboxx sh /tmp/i.sh", "file /tmp/i.sh");
         check("/bin/busybox: busybox.anything ash -c x", "inline");
-        // What a program calls itself does not make it another one.
+        // Another name in its arguments does not make a program another one.
         check("/bin/cat: sh /tmp/i.sh", "none");
         check("/bin/dash: cat /tmp/i.sh", "file /tmp/i.sh");
     }

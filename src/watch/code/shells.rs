@@ -4,8 +4,9 @@
 //! Indirect: pipes lead from the shell's output to a process that holds a
 //! connection, and from such a process to the shell's input. Relayed: both are one end
 //! of a pair of sockets, or one terminal, whose other end is held by a process that
-//! has one connection, which it has made itself. All are decided here by value; what
-//! the descriptors are is looked up by `interpreters`.
+//! has one connection, which it has made itself.
+//!
+//! This file decides by value and reads nothing. `interpreters` reads the descriptors.
 
 use std::collections::{HashMap, HashSet};
 
@@ -48,12 +49,12 @@ impl Standard {
         }
     }
 
-    /// Whether a way over pipes to a connection is thinkable.
+    /// Whether pipes may lead from here to a connection.
     fn is_piped(&self) -> bool {
         self.input_pipe().is_some() && self.output_pipes().next().is_some()
     }
 
-    /// Whether somebody else can hold the connection.
+    /// Whether another process can hold the connection.
     pub(crate) fn may_be_relayed(&self) -> bool {
         self.is_piped() || self.socket().is_some() || self.terminal().is_some()
     }
@@ -69,22 +70,22 @@ fn pipe(descriptor: Option<&Descriptor>) -> Option<Pipe> {
 /// A pipe or FIFO, by its inode.
 pub(crate) type Pipe = (u64, u64);
 
-/// A process of the shell's container, as far as it may hold other ends.
+/// A process of the shell's container, with the descriptors that may be other ends.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Neighbour {
     pub(crate) name: String,
     /// The pipes that it has open for reading and for writing.
     pub(crate) reads: Vec<Pipe>,
     pub(crate) writes: Vec<Pipe>,
-    /// The sockets that it has open and that are no connections.
+    /// The open sockets that are no connections.
     pub(crate) sockets: Vec<u64>,
-    /// The terminals that it types into.
+    /// The terminals whose master it holds.
     pub(crate) terminals: Vec<u32>,
     /// The other end of a connection that it holds.
     pub(crate) connection: Option<String>,
-    /// It holds no other one, and has not accepted it. What serves people (sshd,
-    /// terminals in a browser) accepts its connections, and a supervisor that has
-    /// commands to give has several.
+    /// It holds no other connection, and has not accepted this one. Programs that serve
+    /// people (sshd, terminals in a browser) accept their connections, and a supervisor that
+    /// gives commands has several.
     pub(crate) is_relay: bool,
 }
 
@@ -116,8 +117,9 @@ pub(crate) fn piped(shell: &Standard, others: &[Neighbour]) -> Option<String> {
     })
 }
 
-/// Recognises a shell whose input and output are one end of something of which a relay
-/// holds the other one. The kernel numbers both sockets of a pair in one go.
+/// Recognises a shell whose input and output are one end of a pair of sockets or of a
+/// terminal, if a relay holds the other end. The kernel gives the sockets of a pair
+/// consecutive numbers.
 pub(crate) fn relayed(shell: &Standard, others: &[Neighbour]) -> Option<String> {
     let (socket, terminal) = (shell.socket(), shell.terminal());
     let is_pair = |other: &u64| socket.is_some_and(|socket| socket.abs_diff(*other) == 1);
@@ -152,7 +154,7 @@ fn reach<'a>(
     None
 }
 
-/// What is told of a shell on a socket.
+/// The evidence for a shell on a socket.
 pub(crate) fn direct(remote: &str) -> String {
     format!("its input and output are one connection, to {remote}")
 }
@@ -168,15 +170,15 @@ mod tests {
 
     /// `socket:1 socket:1 -` and so on.
     fn standard(text: &str) -> Standard {
-        let mut words = text.split(' ').map(|word| match word.split_once(':') {
+        let mut fields = text.split(' ').map(|field| match field.split_once(':') {
             Some(("socket", number)) => Some(Descriptor::Socket(number.parse().unwrap())),
             Some(("terminal", number)) => Some(Descriptor::Terminal(number.parse().unwrap())),
             Some(("pipe", number)) => {
                 Some(Descriptor::Pipe { device: 1, inode: number.parse().unwrap() })
             }
-            _ => (word != "-").then_some(Descriptor::Other),
+            _ => (field != "-").then_some(Descriptor::Other),
         });
-        Standard([words.next().unwrap(), words.next().unwrap(), words.next().unwrap()])
+        Standard([fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap()])
     }
 
     fn other(name: &str, reads: &[u64], writes: &[u64], connection: Option<&str>) -> Neighbour {
@@ -190,7 +192,7 @@ mod tests {
         }
     }
 
-    /// Holds the other ends of these, and a connection.
+    /// A process that holds the other ends of these, and a connection.
     fn relay(sockets: &[u64], terminals: &[u32]) -> Neighbour {
         Neighbour {
             sockets: sockets.to_vec(),
@@ -203,19 +205,20 @@ mod tests {
     #[test]
     fn a33_a_relay_holds_the_other_end() {
         // socat TCP:HOST:4444 EXEC:/bin/sh, and with `,pty`
-        let told = |text, relay| relayed(&standard(text), &[other("sh", &[], &[], None), relay]);
+        let evidence =
+            |text, relay| relayed(&standard(text), &[other("sh", &[], &[], None), relay]);
         let text = "its input and output are a pair of sockets to socat, which is connected to \
                     192.0.2.1:4444";
-        assert_eq!(told("socket:8 socket:8 -", relay(&[7], &[])).as_deref(), Some(text));
-        assert!(told("socket:8 socket:8 -", relay(&[9], &[])).is_some());
-        assert!(told("terminal:2 terminal:2 terminal:2", relay(&[], &[2])).is_some());
-        // Somebody else's.
-        assert_eq!(told("socket:8 socket:8 -", relay(&[6, 10], &[8])), None);
-        assert_eq!(told("terminal:2 terminal:2 -", relay(&[1, 3], &[3])), None);
-        // Three pairs are how programs run others; and a service accepts.
-        assert_eq!(told("socket:8 socket:10 socket:12", relay(&[7, 9, 11], &[])), None);
+        assert_eq!(evidence("socket:8 socket:8 -", relay(&[7], &[])).as_deref(), Some(text));
+        assert!(evidence("socket:8 socket:8 -", relay(&[9], &[])).is_some());
+        assert!(evidence("terminal:2 terminal:2 terminal:2", relay(&[], &[2])).is_some());
+        // Other sockets and terminals.
+        assert_eq!(evidence("socket:8 socket:8 -", relay(&[6, 10], &[8])), None);
+        assert_eq!(evidence("terminal:2 terminal:2 -", relay(&[1, 3], &[3])), None);
+        // Programs run others with three pairs; and a service accepts its connections.
+        assert_eq!(evidence("socket:8 socket:10 socket:12", relay(&[7, 9, 11], &[])), None);
         let service = Neighbour { is_relay: false, ..relay(&[7], &[2]) };
-        assert_eq!(told("terminal:2 terminal:2 -", service), None);
+        assert_eq!(evidence("terminal:2 terminal:2 -", service), None);
     }
 
     #[test]

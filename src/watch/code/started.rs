@@ -1,4 +1,7 @@
-//! A process that has become something that may be an interpreter.
+//! A process that has executed a program which may be an interpreter.
+//!
+//! `libraries` makes this value from the trace's records, and `interpreters` takes it from
+//! the queue. It only carries what was recorded.
 
 use std::sync::Arc;
 
@@ -8,16 +11,16 @@ use crate::model::ContainerId;
 use crate::watch::core::fair::Owned;
 use crate::watch::core::watched::Watched;
 
-/// A process of a container that has become something that may be an interpreter.
+/// A process of a container that has executed a program which may be an interpreter.
 #[derive(Clone, Debug)]
 pub(crate) struct Started {
     pub(crate) watched: Arc<Watched>,
     pub(crate) pid: u32,
     /// The program's own file, if it was recorded.
     pub(crate) file: Option<Arc<[u8]>>,
-    /// As it was given to execve.
+    /// The name that was given to execve.
     pub(crate) exec_name: Box<[u8]>,
-    /// When, by the clock of the kernel's records.
+    /// The time of the execve, by the clock of the kernel's records.
     pub(crate) executed: u64,
     pub(crate) at: Timestamp,
 }

@@ -1,15 +1,18 @@
-//! What is done in sessions: which programs they run, how those end, and whether a
-//! terminal is opened.
+//! Session activity: which programs a session runs, how they end, and whether a terminal
+//! is opened.
+//!
+//! `Acts` takes the records of the thread `trace` and finds the session of each. The thread
+//! `sessions` (`run`) receives that as [`Act`], completes it from /proc and reports it to the
+//! pipeline. This file does not decide what opens a session: `opening` does.
 //!
 //! ```text
 //! trace ── records ──> Acts ── of a session? ──> Act ─┐
 //! gate ─> processes ── a session opens ──────────────┴─> this thread ─> Report
 //! ```
 //!
-//! The kernel's records say what was run, in which order and when it ended; they are
-//! kept for a moment, since a session is told a little later than what it has begun
-//! with. How something ended, a handle of the process says that was opened while it
-//! lived.
+//! The kernel's records show what was run, in which order and when it ended. `Acts` keeps
+//! them for a moment, since a session is reported a little later than its first programs.
+//! How a process ended comes from a handle that was opened while the process lived.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -34,35 +37,35 @@ use crate::watch::process::recorded;
 use crate::watch::process::records::{self, TraceConsumer};
 use crate::watch::process::shared::Processes;
 
-/// How long what was run waits for a session that it belongs to, and how much of it.
+/// How long executions wait for the opening of their session, and how many may wait.
 const BEFORE_OPENING: Duration = Duration::from_secs(3);
 const MAX_WAITING: usize = 4 * 1024;
-/// Processes of sessions whose end is waited for.
+/// The maximum number of session processes whose end is awaited.
 const MAX_RUNNING: usize = 16 * 1024;
-/// How long it is remembered how much a session has run that does nothing any more.
+/// How long the count of an inactive session's executions is kept.
 const COUNTED: Duration = Duration::from_secs(600);
-/// How often those that were run beyond the listed ones are told.
-const TELL_MORE_EVERY: Duration = Duration::from_secs(1);
+/// How often the number of executions beyond the listed ones is reported.
+const REPORT_MORE_EVERY: Duration = Duration::from_secs(1);
 
-/// By the kernel's records: what sessions run.
+/// What sessions run, by the kernel's records.
 #[derive(Default)]
 pub(crate) struct Acts {
-    /// Run by processes that are of no session, as far as is known yet.
+    /// Executions by processes of no known session, oldest first.
     waiting: VecDeque<(Instant, Ran)>,
-    /// When processes ended, while something waits.
+    /// When processes ended, by pid. Kept only while `waiting` is not empty.
     ends: HashMap<u32, u64>,
-    /// How many sessions had opened when `waiting` was last looked through.
+    /// How many sessions had opened when `waiting` was last checked.
     opened: u64,
-    /// What is told of, and not over, by pid.
+    /// Processes that were reported and have not ended, by pid.
     running: HashMap<u32, (ProcessIdentity, Arc<Watched>)>,
     counts: HashMap<ProcessIdentity, Count>,
-    told_more: Option<Instant>,
+    reported_more: Option<Instant>,
 }
 
-/// What one session has run.
+/// How much one session has run.
 struct Count {
     watched: Arc<Watched>,
-    told: u64,
+    reported: u64,
     more: u64,
     last: Instant,
 }
@@ -71,16 +74,16 @@ impl Acts {
     fn ran(&mut self, shared: &Processes, ran: Ran) {
         let count = self.counts.entry(ran.root).or_insert_with(|| Count {
             watched: ran.watched.clone(),
-            told: 0,
+            reported: 0,
             more: 0,
             last: Instant::now(),
         });
         count.last = Instant::now();
-        if count.told >= MAX_COMMANDS {
+        if count.reported >= MAX_COMMANDS {
             count.more += 1;
             return;
         }
-        count.told += 1;
+        count.reported += 1;
         if self.running.len() < MAX_RUNNING {
             self.running.insert(ran.pid, (ran.root, ran.watched.clone()));
         }
@@ -97,8 +100,8 @@ impl TraceConsumer for Acts {
         executed: &Executed,
         program: Option<&Mapped>,
     ) {
-        // In the order in which it was run.
-        self.look_again(shared);
+        // Keeps the order of execution: older executions of new sessions come first.
+        self.pass_on_waiting(shared);
         let at = records::time_of(executed.time);
         let root = session_of(shared, watched, executed.pid, at);
         let mut ran = Ran {
@@ -134,7 +137,7 @@ impl TraceConsumer for Acts {
     }
 
     fn turn(&mut self, shared: &Processes) {
-        self.look_again(shared);
+        self.pass_on_waiting(shared);
         self.forget(shared);
     }
 
@@ -144,7 +147,7 @@ impl TraceConsumer for Acts {
 }
 
 impl Acts {
-    /// A process has ended that was told.
+    /// Passes on the end of a process, if the process was reported.
     fn end(&mut self, shared: &Processes, pid: u32, time: u64) {
         let Some((root, watched)) = self.running.remove(&pid) else { return };
         let event =
@@ -152,8 +155,8 @@ impl Acts {
         shared.act(&watched, Act::Event(event));
     }
 
-    /// What was run by processes of sessions that have opened meanwhile.
-    fn look_again(&mut self, shared: &Processes) {
+    /// Passes on waiting executions whose sessions have opened meanwhile.
+    fn pass_on_waiting(&mut self, shared: &Processes) {
         let opened = shared.roots().opened();
         if opened != self.opened {
             self.opened = opened;
@@ -185,8 +188,8 @@ impl Acts {
         if self.waiting.is_empty() {
             self.ends.clear();
         }
-        if self.told_more.is_none_or(|told| told.elapsed() >= TELL_MORE_EVERY) {
-            self.told_more = Some(Instant::now());
+        if self.reported_more.is_none_or(|last| last.elapsed() >= REPORT_MORE_EVERY) {
+            self.reported_more = Some(Instant::now());
             self.counts.retain(|root, count| {
                 let times = std::mem::take(&mut count.more);
                 if times > 0 {
@@ -200,7 +203,7 @@ impl Acts {
     }
 }
 
-/// In which session a process has become a program.
+/// The session to which an execution of this process at this time belongs.
 fn session_of(
     shared: &Processes,
     watched: &Watched,
@@ -209,28 +212,29 @@ fn session_of(
 ) -> Option<ProcessIdentity> {
     let roots = shared.roots();
     let root = roots.of(&watched.container, &shared.births(), Named::now(pid))?;
-    // What init was before anybody came to its terminal is the container's own.
+    // What init executed before a client attached to its terminal belongs to the
+    // container, not to the session.
     let arrival = roots.at_terminal(watched.init).filter(|_| pid == watched.init.pid);
     let is_own = arrival.is_some_and(|arrival| arrival.session == root && at < arrival.at);
     (!is_own).then_some(root)
 }
 
-/// A process whose end is waited for.
+/// A process whose end is awaited.
 struct Running {
     watched: Arc<Watched>,
     root: ProcessIdentity,
     identity: ProcessIdentity,
     process: OwnedFd,
-    /// When the kernel's record says that it ended.
+    /// When it ended, by the kernel's record.
     ended: Option<Timestamp>,
 }
 
-/// How often it is asked who has ended, where no record told.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// Handles of processes that are held open.
+/// How often processes are checked for having ended without a record.
+const CHECK_EVERY: Duration = Duration::from_millis(250);
+/// The maximum number of process handles that are held open.
 const MAX_HANDLES: usize = 2 * 1024;
 
-/// A process of which no handle has come yet.
+/// A process whose handle has not arrived yet.
 struct Unheld {
     watched: Arc<Watched>,
     root: ProcessIdentity,
@@ -239,86 +243,91 @@ struct Unheld {
     ended: Option<Timestamp>,
 }
 
-/// How long a handle may come behind what it is of.
+/// How much later than the execution the handle of its process may arrive.
 const HANDLE_WITHIN: Duration = Duration::from_secs(1);
 
-/// What the thread knows of open sessions.
+/// What the thread `sessions` knows about open sessions.
 #[derive(Default)]
-struct Eye {
+struct Tracker {
     running: HashMap<u32, Running>,
-    /// What was run and of which no handle has come: those come by another way.
+    /// Processes whose handle has not arrived: handles come from another thread.
     unheld: HashMap<u32, Unheld>,
-    /// Handles that nobody has asked for yet.
+    /// Handles that no execution has used yet.
     alive: HashMap<u32, (ProcessIdentity, OwnedFd, Instant)>,
     interactive: HashMap<ProcessIdentity, bool>,
-    /// What is to be told, in its order.
-    untold: VecDeque<Untold>,
+    /// What is to be reported, in order.
+    unreported: VecDeque<Unreported>,
 }
 
-/// What is told when everything before it is.
+/// Something to be reported, after everything before it.
 #[derive(Debug)]
-enum Untold {
+enum Unreported {
     Event(Event),
-    Looked(Looked),
+    Inspected(Inspected),
 }
 
-/// A program that was run in a session, as far as it could be looked at.
+/// A program that was run in a session, with what could be read of it.
 #[derive(Debug)]
-struct Looked {
+struct Inspected {
     ran: Ran,
     since: Instant,
     run: Run,
 }
 
-/// For how long what is over waits for whoever was asked about it at the gate and may
-/// have read its arguments; and while how many others wait.
-const WORDS_WITHIN: Duration = Duration::from_millis(20);
+/// How long an execution without arguments waits for the gate's thread, which may have
+/// read them; and the number of later reports from which on it does not wait.
+const ARGUMENTS_WITHIN: Duration = Duration::from_millis(20);
 const FEW: usize = 64;
 const STEP: Duration = Duration::from_millis(2);
-/// How long after a stop the last of them may come.
+/// How long after a stop the last session activity may arrive.
 const LAST_WITHIN: Duration = Duration::from_millis(50);
 
-pub(crate) fn run(shared: &Sessions, acts: &Receiver<Box<Act>>) {
-    let mut eye = Eye::default();
-    let mut last_look = Instant::now();
+pub(crate) fn run(shared: &Sessions, activity: &Receiver<Box<Act>>) {
+    let mut tracker = Tracker::default();
+    let mut last_check = Instant::now();
     while shared.may_tell() {
         let is_stopping = shared.is_stopping();
         let act = if is_stopping {
-            threads::recv_timeout(acts, LAST_WITHIN)
-        } else if eye.is_idle() {
-            threads::recv_timeout(acts, Duration::MAX)
+            threads::recv_timeout(activity, LAST_WITHIN)
+        } else if tracker.is_idle() {
+            threads::recv_timeout(activity, Duration::MAX)
         } else {
-            threads::recv_timeout(acts, if eye.untold.is_empty() { LOOK_EVERY } else { STEP })
+            threads::recv_timeout(
+                activity,
+                if tracker.unreported.is_empty() { CHECK_EVERY } else { STEP },
+            )
         };
         match act {
-            Ok(act) => eye.take(shared, *act),
-            Err(RecvTimeoutError::Timeout) if is_stopping && eye.untold.is_empty() => return,
+            Ok(act) => tracker.take(shared, *act),
+            Err(RecvTimeoutError::Timeout) if is_stopping && tracker.unreported.is_empty() => {
+                return;
+            }
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        eye.tell(shared);
-        if last_look.elapsed() >= LOOK_EVERY {
-            last_look = Instant::now();
-            eye.look_who_ended(shared);
+        tracker.report(shared);
+        if last_check.elapsed() >= CHECK_EVERY {
+            last_check = Instant::now();
+            tracker.check_ended(shared);
         }
     }
-    shared.leave(eye.untold.len());
+    shared.leave(tracker.unreported.len());
 }
 
-impl Eye {
+impl Tracker {
     fn is_idle(&self) -> bool {
         self.running.is_empty()
             && self.alive.is_empty()
             && self.unheld.is_empty()
-            && self.untold.is_empty()
+            && self.unreported.is_empty()
     }
 
     fn take(&mut self, shared: &Sessions, act: Act) {
         match act {
             Act::End => (),
             Act::Runtime { pid } => {
-                if let Some(call) = calls::read(pid) {
-                    shared.calls().keep(call);
+                if let Some(invocation) = calls::read(pid) {
+                    shared.calls().keep(invocation);
                 }
             }
             Act::Alive { identity, process } => {
@@ -332,39 +341,39 @@ impl Eye {
                     self.alive.insert(identity.pid, (identity, process, Instant::now()));
                 }
             }
-            // At once, while it lives.
+            // Read at once, while the process lives.
             Act::Ran(ran) => {
-                let looked = look_at(shared, ran);
-                self.untold.push_back(Untold::Looked(looked));
+                let inspected = inspect(shared, ran);
+                self.unreported.push_back(Unreported::Inspected(inspected));
             }
-            Act::Event(event) => self.untold.push_back(Untold::Event(event)),
+            Act::Event(event) => self.unreported.push_back(Unreported::Event(event)),
         }
     }
 
-    /// Tells what has happened, in its order.
-    fn tell(&mut self, shared: &Processes) {
-        while let Some(first) = self.untold.pop_front() {
+    /// Reports what has happened, in order.
+    fn report(&mut self, shared: &Processes) {
+        while let Some(first) = self.unreported.pop_front() {
             match first {
-                Untold::Event(event) => self.tell_event(shared, event),
-                Untold::Looked(mut looked) => {
-                    let Ran { pid, time, exe, .. } = &looked.ran;
-                    if looked.run.argv.is_none() {
-                        looked.run.argv = recorded::found(shared, (*pid, *time), exe.as_deref());
+                Unreported::Event(event) => self.report_event(shared, event),
+                Unreported::Inspected(mut inspected) => {
+                    let Ran { pid, time, exe, .. } = &inspected.ran;
+                    if inspected.run.argv.is_none() {
+                        inspected.run.argv = recorded::found(shared, (*pid, *time), exe.as_deref());
                     }
-                    let waits = looked.run.argv.is_none()
-                        && looked.since.elapsed() < WORDS_WITHIN
-                        && self.untold.len() < FEW;
+                    let waits = inspected.run.argv.is_none()
+                        && inspected.since.elapsed() < ARGUMENTS_WITHIN
+                        && self.unreported.len() < FEW;
                     if waits {
-                        self.untold.push_front(Untold::Looked(looked));
+                        self.unreported.push_front(Unreported::Inspected(inspected));
                         return;
                     }
-                    self.tell_ran(shared, looked);
+                    self.report_ran(shared, inspected);
                 }
             }
         }
     }
 
-    fn tell_event(&mut self, shared: &Processes, event: Event) {
+    fn report_event(&mut self, shared: &Processes, event: Event) {
         match event {
             Event::Opened { watched, root, is_interactive, process } => {
                 if self.interactive.len() >= MAX_HANDLES {
@@ -374,7 +383,7 @@ impl Eye {
                 if let Some(process) = process.or_else(|| handle_of(root)) {
                     self.wait_for(shared, watched, root, root, process);
                 } else {
-                    // Gone before anybody looked.
+                    // It ended before a handle could be opened.
                     let fact = Fact::SessionProcessEnded { root, process: root, exit: None };
                     shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
                 }
@@ -393,7 +402,7 @@ impl Eye {
                         unheld.ended = Some(at);
                         return;
                     }
-                    // Nobody had a handle of it.
+                    // There was no handle of it.
                     let process =
                         if pid == root.pid { root } else { ProcessIdentity { pid, start_time: 0 } };
                     let fact = Fact::SessionProcessEnded { root, process, exit: None };
@@ -403,8 +412,8 @@ impl Eye {
         }
     }
 
-    fn tell_ran(&mut self, shared: &Processes, looked: Looked) {
-        let Looked { ran: Ran { watched, root, pid, at, process, .. }, mut run, .. } = looked;
+    fn report_ran(&mut self, shared: &Processes, inspected: Inspected) {
+        let Inspected { ran: Ran { watched, root, pid, at, process, .. }, mut run, .. } = inspected;
         let alive = self.alive.remove(&pid);
         if let Some((identity, ..)) = &alive
             && run.process.start_time == 0
@@ -445,7 +454,7 @@ impl Eye {
         if let Some(known) = self.running.get(&identity.pid)
             && (known.identity == identity || identity.start_time == 0)
         {
-            // It is waited for already, whatever program it runs.
+            // Its end is awaited already, whatever program it runs.
             return;
         }
         if self.running.len() >= MAX_HANDLES {
@@ -456,11 +465,11 @@ impl Eye {
         self.try_to_end(shared, identity.pid, false);
     }
 
-    fn look_who_ended(&mut self, shared: &Processes) {
+    fn check_ended(&mut self, shared: &Processes) {
         self.alive.retain(|_, (.., since)| since.elapsed() < BEFORE_OPENING);
         let late = |_: &u32, unheld: &mut Unheld| unheld.since.elapsed() >= HANDLE_WITHIN;
         for (_, unheld) in self.unheld.extract_if(late) {
-            // Nobody had a handle of it. If it lives, the records tell its end.
+            // There was no handle of it. If it lives, a record will show its end.
             let Unheld { watched, root, identity: process, ended: Some(at), .. } = unheld else {
                 continue;
             };
@@ -474,7 +483,7 @@ impl Eye {
         }
     }
 
-    /// Tells the end of a process that has ended. With `is_last`, also if how it ended
+    /// Reports the end of a process that has ended. With `is_last`, also if how it ended
     /// is not known.
     fn try_to_end(&mut self, shared: &Processes, pid: u32, is_last: bool) {
         let Some(running) = self.running.get(&pid) else { return };
@@ -493,8 +502,8 @@ impl Eye {
     }
 }
 
-/// What is to be seen of a program that was run, while it lives.
-fn look_at(shared: &Processes, ran: Ran) -> Looked {
+/// Reads what /proc and the records show of an execution, while the process lives.
+fn inspect(shared: &Processes, ran: Ran) -> Inspected {
     let Ran { pid, time, exe, .. } = &ran;
     let (pid, time) = (*pid, *time);
     let handle = Handle::open(pid).ok();
@@ -502,28 +511,29 @@ fn look_at(shared: &Processes, ran: Ran) -> Looked {
     let identity = stat.map(|stat| stat.identity).unwrap_or(ProcessIdentity { pid, start_time: 0 });
     let tty = stat.and_then(procfs::Stat::tty);
     let argv = recorded::recorded(shared, pid, time, time);
-    // It may have gone on to another program meanwhile: then these are not its words.
-    let is_still_it =
+    // The process may have executed another program meanwhile. Then /proc shows the
+    // arguments of that one.
+    let runs_it_still =
         |handle: &Handle| exe.as_ref().is_none_or(|exe| handle.exe().is_ok_and(|now| now == *exe));
     let argv = argv.or_else(|| {
         let handle = handle.as_ref()?;
         let argv = handle.arguments().ok()??;
-        is_still_it(handle).then(|| argv.iter().map(|argument| printable(argument)).collect())
+        runs_it_still(handle).then(|| argv.iter().map(|argument| printable(argument)).collect())
     });
     let exe = exe.as_deref();
     let exe = exe.map(|exe| printable(exe.strip_suffix(file::DELETED).unwrap_or(exe)));
     let run = Run { process: identity, exe, argv, tty };
-    Looked { ran, since: Instant::now(), run }
+    Inspected { ran, since: Instant::now(), run }
 }
 
 fn handle_of(identity: ProcessIdentity) -> Option<OwnedFd> {
     let process = pidfd::open(identity.pid).ok()?;
-    // The number may have been another's before it was opened.
+    // The pid may have been reused before the handle was opened.
     Handle::open_exactly(identity).ok()?;
     Some(process)
 }
 
-/// How a process ended that nobody has waited for yet.
+/// How a process ended whose parent has not waited for it yet.
 fn exit_of(identity: ProcessIdentity) -> Option<Exit> {
     Handle::open_exactly(identity).ok()?.exit()
 }

@@ -1,11 +1,12 @@
-//! Who is connected to the terminal of a container's init: whoever opens the FIFO
-//! that leads to it, after the runtime did.
+//! Attach sessions: a client attaches to the terminal of a container's init by opening the
+//! FIFO that leads to it, after the runtime has opened it.
 //!
-//! The FIFO is the host's, and so is its directory, which is listened to. Who attaches
-//! through a process that has it open already is seen by `terminals`.
+//! The FIFO and its directory are on the host. driftd has a mark on the directory. A client
+//! that attaches through a process which has the FIFO open already is found by `terminals`.
 //!
-//! The marks are in the group of `names`, which reads it and hands on what is for here. A
-//! directory that both listen to has one mark, with what both listen for.
+//! The marks are in the fanotify group of `names`. The thread `names` reads that group and
+//! passes the events of FIFOs on to this one. A directory that both use has one mark, with
+//! the events of both.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,22 +23,22 @@ use crate::watch::process::activity::{Act, Event};
 use crate::watch::process::describe;
 use crate::watch::process::roots::Arrival;
 
-/// Without anything to do, the thread still checks whether it is to end.
+/// An idle thread checks this often whether it is to end.
 const TURN: Duration = Duration::from_millis(500);
 
-/// The process that starts a container opens the input within this time.
+/// The process that starts a container opens its input within this time.
 const START: Duration = Duration::from_secs(10);
 
-/// Reports sessions that come to a terminal, until the watchers stop.
+/// Reports attach sessions until the watchers stop.
 pub(crate) fn run(shared: &Files) {
     while !shared.is_stopping() {
         if let Some(named) = shared.inputs.next(TURN) {
-            come(shared, &named);
+            client_opened_input(shared, &named);
         }
     }
 }
 
-fn come(shared: &Files, named: &Named) {
+fn client_opened_input(shared: &Files, named: &Named) {
     let Some((watched, is_handed_on)) = shared.inputs.of(named) else { return };
     let shim = procfs::read_stat(watched.init.pid).ok().map(|init| init.parent);
     if Some(named.pid) == shim {
@@ -48,7 +49,8 @@ fn come(shared: &Files, named: &Named) {
     if has_started(root, watched.init, procfs::age(watched.init)) {
         return;
     }
-    // A person has a terminal, and a manager that takes up its work again has none.
+    // A person has a terminal. A manager that has restarted and opens the FIFO again has
+    // none.
     if is_handed_on && client.first_stat().tty().is_none() {
         return;
     }
@@ -73,14 +75,14 @@ fn come(shared: &Files, named: &Named) {
     }
 }
 
-/// Whether a process may have started the container: it was there before the container's
-/// init, which has just begun. On a busy node it opens the input later than it is listened
-/// to.
+/// Whether a process may have started the container: it is older than the container's init,
+/// and that has just begun. On a busy node such a process opens the input after the mark
+/// was placed.
 fn has_started(client: ProcessIdentity, init: ProcessIdentity, age: Duration) -> bool {
     client.start_time <= init.start_time && age < START
 }
 
-/// Somebody is at the terminal of a container's init.
+/// The fact that a client has attached to the terminal of a container's init.
 pub(crate) fn opened(
     root: ProcessIdentity,
     process: Process,
@@ -105,13 +107,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_starts_a_container_does_not_attach_to_it() {
+    fn the_process_that_starts_a_container_does_not_attach_to_it() {
         let process = |start_time| ProcessIdentity { pid: 1, start_time };
         let (before, init, after) = (process(999_990), process(1_000_000), process(1_000_010));
         let seconds = Duration::from_secs;
         assert!(has_started(before, init, seconds(0)));
         assert!(has_started(before, init, seconds(9)));
-        // A program that has been open for long attaches as well.
+        // A client that was started long before the container can attach as well.
         assert!(!has_started(before, init, seconds(11)));
         assert!(!has_started(after, init, seconds(1)));
     }

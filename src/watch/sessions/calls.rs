@@ -1,8 +1,10 @@
-//! What container runtimes are called for, by their own arguments: a session's command
-//! may be over before anybody can look at it, or have become another program.
+//! Runtime invocations: what container runtimes were started to execute, by their own
+//! arguments. A session's command may have ended before driftd can read it, or may have
+//! executed another program.
 //!
-//! A runtime takes some milliseconds to prepare what it executes. It is looked at when
-//! the kernel records that it was called, or at the latest when the gate is asked.
+//! A runtime takes some milliseconds to prepare an execution. Its arguments are read when
+//! the kernel records its start, or at the latest when the gate is asked about the command.
+//! This file does not decide what opens a session: `opening` does.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::ffi::OsStrExt as _;
@@ -16,27 +18,27 @@ use crate::watch::core::watched::Watched;
 
 const MAX_DOCUMENT: u64 = 1 << 20;
 const MAX_ARGUMENTS: usize = 128;
-/// Calls that are remembered, and for how long.
-const MAX_CALLS: usize = 1024;
+/// How many invocations are kept, and for how long.
+const MAX_INVOCATIONS: usize = 1024;
 const KEPT: Duration = Duration::from_secs(60);
-/// How long what it prepares may take to begin.
+/// The command begins within this time after the invocation.
 const BEGINS_WITHIN: Duration = Duration::from_secs(5);
 
-/// The calls of lately, by the runtimes' pids.
+/// The latest invocations, by the pid of the runtime.
 #[derive(Debug, Default)]
-pub(crate) struct Calls {
-    calls: HashMap<u32, (Instant, Call)>,
-    /// Runtimes whose call was read when what they execute was seen: the record of their
-    /// own start may be read after that, and must not be taken for another's.
-    answered: VecDeque<ProcessIdentity>,
+pub(crate) struct Invocations {
+    invocations: HashMap<u32, (Instant, Invocation)>,
+    /// Runtimes whose invocation was read when their command was seen. The record of their
+    /// own start may be read after that, and must not count as another invocation.
+    already_read: VecDeque<ProcessIdentity>,
 }
 
-/// One call of a runtime.
+/// One invocation of a runtime.
 #[derive(Clone, Debug)]
-pub(crate) struct Call {
+pub(crate) struct Invocation {
     runtime: ProcessIdentity,
     arguments: Vec<Vec<u8>>,
-    /// The arguments in the document that they name.
+    /// The command in the process document that `arguments` name.
     document: Option<Vec<String>>,
 }
 
@@ -44,83 +46,93 @@ pub(crate) struct Call {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Asked {
     pub(crate) argv: Vec<String>,
-    /// The runtime had ended, and this is the only call that can be meant.
+    /// The runtime had ended, and this is the only invocation that matches.
     pub(crate) is_guess: bool,
 }
 
-impl Calls {
-    pub(crate) fn keep(&mut self, call: Call) {
-        if self.answered.contains(&call.runtime) {
+impl Invocations {
+    pub(crate) fn keep(&mut self, invocation: Invocation) {
+        if self.already_read.contains(&invocation.runtime) {
             return;
         }
-        if self.calls.len() >= MAX_CALLS {
-            self.calls.retain(|_, (since, _)| since.elapsed() < KEPT);
+        if self.invocations.len() >= MAX_INVOCATIONS {
+            self.invocations.retain(|_, (since, _)| since.elapsed() < KEPT);
         }
-        if self.calls.len() < MAX_CALLS {
-            self.calls.insert(call.runtime.pid, (Instant::now(), call));
+        if self.invocations.len() < MAX_INVOCATIONS {
+            self.invocations.insert(invocation.runtime.pid, (Instant::now(), invocation));
         }
     }
 
-    /// The only call that can be meant, where the runtime has ended and nobody knows
-    /// which it was.
-    fn take_only(&mut self, id: &[u8]) -> Option<Call> {
-        let is_meant = |(since, call): &(Instant, Call)| {
-            since.elapsed() < BEGINS_WITHIN && call.arguments.iter().any(|argument| argument == id)
+    /// The only recent invocation for this container, for a runtime that has ended and whose
+    /// pid is not known. `None` if several match.
+    fn take_only(&mut self, id: &[u8]) -> Option<Invocation> {
+        let matches = |(since, invocation): &(Instant, Invocation)| {
+            since.elapsed() < BEGINS_WITHIN
+                && invocation.arguments.iter().any(|argument| argument == id)
         };
-        let mut meant = self.calls.iter().filter(|(_, call)| is_meant(call)).map(|(pid, _)| *pid);
-        let only = meant.next().filter(|_| meant.next().is_none())?;
+        let mut matching = self
+            .invocations
+            .iter()
+            .filter(|(_, invocation)| matches(invocation))
+            .map(|(pid, _)| *pid);
+        let only = matching.next().filter(|_| matching.next().is_none())?;
         self.take(only)
     }
 
-    fn take(&mut self, pid: u32) -> Option<Call> {
-        self.calls.remove(&pid).filter(|(since, _)| since.elapsed() < KEPT).map(|(_, call)| call)
+    fn take(&mut self, pid: u32) -> Option<Invocation> {
+        self.invocations
+            .remove(&pid)
+            .filter(|(since, _)| since.elapsed() < KEPT)
+            .map(|(_, invocation)| invocation)
     }
 
-    /// The call of the runtime that has this number now, or had it last.
-    fn of(&mut self, pid: u32) -> Option<Call> {
+    /// The invocation of the runtime that has this pid now, or had it last.
+    fn of(&mut self, pid: u32) -> Option<Invocation> {
         let living = Handle::open(pid).ok().map(|handle| handle.identity());
-        let is_its = |call: &Call| living.is_none_or(|living| living == call.runtime);
-        if let Some(call) = self.take(pid).filter(is_its) {
-            return Some(call);
+        let is_its =
+            |invocation: &Invocation| living.is_none_or(|living| living == invocation.runtime);
+        if let Some(invocation) = self.take(pid).filter(is_its) {
+            return Some(invocation);
         }
-        let call = read(pid)?;
-        self.answer(call.runtime);
-        Some(call)
+        let invocation = read(pid)?;
+        self.note_read(invocation.runtime);
+        Some(invocation)
     }
 
-    fn answer(&mut self, runtime: ProcessIdentity) {
-        if self.answered.len() == MAX_CALLS {
-            self.answered.pop_front();
+    fn note_read(&mut self, runtime: ProcessIdentity) {
+        if self.already_read.len() == MAX_INVOCATIONS {
+            self.already_read.pop_front();
         }
-        self.answered.push_back(runtime);
+        self.already_read.push_back(runtime);
     }
 }
 
-/// What a runtime was asked to execute in a container. `is_by_runtime`: the process was
-/// a runtime's just now; then it need not be known any more which one's.
+/// What a runtime was asked to execute in a container. `pid` is the runtime's.
+/// `is_by_runtime`: a runtime has just started the process; then the invocation may also be
+/// found without the runtime's pid.
 pub(crate) fn asked_for(
-    calls: &mut Calls,
+    invocations: &mut Invocations,
     pid: u32,
     watched: &Watched,
     is_by_runtime: bool,
 ) -> Option<Asked> {
     let id = watched.container.id.as_bytes();
-    let known = calls.of(pid);
+    let known = invocations.of(pid);
     let is_guess = known.is_none();
-    let call = match known {
-        None if is_by_runtime => calls.take_only(id),
+    let invocation = match known {
+        None if is_by_runtime => invocations.take_only(id),
         known => known,
     }?;
-    let argv = match in_arguments(&call.arguments, Some(id))? {
+    let argv = match in_arguments(&invocation.arguments, Some(id))? {
         AskedFor::Command(command) => command.iter().map(|argument| printable(argument)).collect(),
-        AskedFor::Document(_) => call.document?,
+        AskedFor::Document(_) => invocation.document?,
     };
     Some(Asked { argv, is_guess })
 }
 
-/// Looks at a runtime that was called. Nobody else's word is taken: it must live in
-/// the host's mount namespace, and be root's, since it names a file to be read.
-pub(crate) fn read(pid: u32) -> Option<Call> {
+/// Reads the invocation of a runtime. The arguments name a file that driftd then reads.
+/// Therefore the runtime must be in the host's mount namespace and run as root.
+pub(crate) fn read(pid: u32) -> Option<Invocation> {
     let handle = Handle::open(pid).ok()?;
     let is_hosts = handle.mount_namespace().is_ok_and(procfs::is_host_mount_namespace);
     if !is_hosts || handle.uid().ok()? != 0 {
@@ -131,7 +143,7 @@ pub(crate) fn read(pid: u32) -> Option<Call> {
         AskedFor::Command(_) => None,
         AskedFor::Document(path) => read_document(&path),
     };
-    Some(Call { runtime: handle.identity(), arguments, document })
+    Some(Invocation { runtime: handle.identity(), arguments, document })
 }
 
 fn read_document(path: &[u8]) -> Option<Vec<String>> {
@@ -142,7 +154,7 @@ fn read_document(path: &[u8]) -> Option<Vec<String>> {
     Some(arguments.map(|argument| printable(argument.as_bytes())).collect())
 }
 
-/// A process as the OCI runtime specification describes one.
+/// A process document of the OCI runtime specification.
 #[derive(serde::Deserialize)]
 struct ProcessDocument {
     #[serde(default)]
@@ -155,8 +167,8 @@ enum AskedFor {
     Document(Vec<u8>),
 }
 
-/// `runc exec [OPTIONS] ID COMMAND...` or `runc exec --process FILE ... ID`. Without
-/// the ID it is not known where the command begins, only that there may be one.
+/// Parses `runc exec [OPTIONS] ID COMMAND...` or `runc exec --process FILE ... ID`. Without
+/// the ID it is unknown where the command begins, only that there may be one.
 fn in_arguments(arguments: &[Vec<u8>], id: Option<&[u8]>) -> Option<AskedFor> {
     let exec = arguments.iter().position(|argument| argument == b"exec")?;
     let rest = &arguments[exec + 1..];
@@ -184,10 +196,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_runtime_says_what_it_was_asked_for() {
+    fn the_arguments_of_a_runtime_show_its_command() {
         let check = |line: &str, expected: Option<AskedFor>| {
-            let words: Vec<Vec<u8>> = line.split(' ').map(Into::into).collect();
-            assert_eq!(in_arguments(&words, Some(b"c1")), expected, "{line}");
+            let arguments: Vec<Vec<u8>> = line.split(' ').map(Into::into).collect();
+            assert_eq!(in_arguments(&arguments, Some(b"c1")), expected, "{line}");
         };
         let command =
             |line: &str| Some(AskedFor::Command(line.split(' ').map(Into::into).collect()));
@@ -202,49 +214,49 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_remembered_and_bounded() {
-        let call = |pid, id: &str| {
+    fn invocations_are_kept_and_bounded() {
+        let invocation = |pid, id: &str| {
             let runtime = ProcessIdentity { pid, start_time: 5 };
-            Call { runtime, arguments: vec![id.into()], document: None }
+            Invocation { runtime, arguments: vec![id.into()], document: None }
         };
-        let mut calls = Calls::default();
+        let mut invocations = Invocations::default();
         for pid in 0..4000 {
-            calls.keep(call(pid, "c1"));
+            invocations.keep(invocation(pid, "c1"));
         }
-        assert_eq!(calls.calls.len(), MAX_CALLS);
-        assert!(calls.take(7).is_some());
-        assert!(calls.take(7).is_none(), "a pid is used again");
+        assert_eq!(invocations.invocations.len(), MAX_INVOCATIONS);
+        assert!(invocations.take(7).is_some());
+        assert!(invocations.take(7).is_none(), "a pid can be reused");
         for pid in 0..4000 {
-            calls.answer(call(pid, "c1").runtime);
+            invocations.note_read(invocation(pid, "c1").runtime);
         }
-        assert_eq!(calls.answered.len(), MAX_CALLS);
+        assert_eq!(invocations.already_read.len(), MAX_INVOCATIONS);
 
-        let mut calls = Calls::default();
-        calls.keep(call(1, "c1"));
-        calls.keep(call(2, "c2"));
-        assert!(calls.take_only(b"c1").is_some());
-        assert!(calls.take_only(b"c1").is_none());
-        calls.keep(call(3, "c2"));
-        assert!(calls.take_only(b"c2").is_none(), "it could be either");
+        let mut invocations = Invocations::default();
+        invocations.keep(invocation(1, "c1"));
+        invocations.keep(invocation(2, "c2"));
+        assert!(invocations.take_only(b"c1").is_some());
+        assert!(invocations.take_only(b"c1").is_none());
+        invocations.keep(invocation(3, "c2"));
+        assert!(invocations.take_only(b"c2").is_none(), "both match");
     }
 
     #[test]
-    fn a_call_is_used_once_and_of_its_own_runtime() {
+    fn an_invocation_is_used_once_and_belongs_to_its_own_runtime() {
         let pid = std::process::id();
         let this = Handle::open(pid).unwrap().identity();
-        let call = |start_time| {
+        let invocation = |start_time| {
             let runtime = ProcessIdentity { pid, start_time };
-            Call { runtime, arguments: vec!["c1".into()], document: None }
+            Invocation { runtime, arguments: vec!["c1".into()], document: None }
         };
-        let mut calls = Calls::default();
-        calls.keep(call(this.start_time));
-        assert!(calls.of(pid).is_some());
-        // This process is no runtime, and another one had its number.
-        calls.keep(call(this.start_time - 1));
-        assert!(calls.of(pid).is_none());
-        // What was read already is recorded late.
-        calls.answer(this);
-        calls.keep(call(this.start_time));
-        assert!(calls.take_only(b"c1").is_none());
+        let mut invocations = Invocations::default();
+        invocations.keep(invocation(this.start_time));
+        assert!(invocations.of(pid).is_some());
+        // This process is no runtime, and another process had its pid before.
+        invocations.keep(invocation(this.start_time - 1));
+        assert!(invocations.of(pid).is_none());
+        // The record of an invocation that was read already arrives late.
+        invocations.note_read(this);
+        invocations.keep(invocation(this.start_time));
+        assert!(invocations.take_only(b"c1").is_none());
     }
 }

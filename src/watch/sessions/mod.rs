@@ -1,4 +1,8 @@
-//! Sessions: who comes into a container from outside, and what is done there.
+//! Sessions: how processes enter a container from outside, and what they run there.
+//!
+//! `opening` decides what opens a session, `origin` shows how it came in, and `acts` follows
+//! session activity. `attachments` and `terminals` find clients at a container's terminal.
+//! `calls` and `runtimes` read the host's container runtimes.
 //!
 //! It knows `core`, `process` and `files`.
 

@@ -1,6 +1,10 @@
-//! Who comes into a container from outside: a process in one of the container's
-//! namespaces, its control group or its root whose parent is in none of them, and that
-//! is not the container's init.
+//! What opens a session: a process in one of the container's namespaces, its control group
+//! or its root whose parent is in none of them, and that is not the container's init.
+//!
+//! [`Openings`] judges each process once, for the thread `processes`: from the gate, from the
+//! kernel's records and from scans. It reports the opening to the pipeline and then to the
+//! thread `sessions`. `inside` reads where a process is, and `origin` how it came in. What
+//! a session runs afterwards is the affair of `acts`.
 
 use std::collections::{HashSet, VecDeque};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -25,23 +29,23 @@ use crate::watch::process::activity::{Act, Event};
 use crate::watch::process::describe::{self, Caller, Executing};
 use crate::watch::process::{outside, recorded};
 
-/// Half of how many processes are remembered.
+/// Half of the number of processes that are remembered.
 const GENERATION: usize = 16 * 1024;
 
-/// Processes that have been judged, so that each session is told once and most
+/// Processes that have been judged, so that each session is reported once and most
 /// processes cost nothing the second time.
 #[derive(Debug, Default)]
 pub(crate) struct Openings {
     judged: Recent,
-    /// Those that were judged as the init of their container. Before that container was
-    /// known, one of them may have been judged as any other process.
+    /// Processes that were judged as the init of their container. Before that container was
+    /// known, such a process may have been judged like any other.
     inits: Recent,
-    /// Those of them that are known to be in a container, as parents of others.
+    /// Judged processes that are known to be in a container, as parents of others.
     inside: Recent,
-    /// Gone before anybody looked, and the kernel's record of where they came from has
-    /// not been read: the gate's facts of them, oldest first.
+    /// Processes that had ended when they were to be judged, and whose record of origin has
+    /// not been read. Holds the gate's facts of them, oldest first.
     unclear: VecDeque<Unclear>,
-    /// Of containers that are not known yet, by all that can be seen, oldest first.
+    /// Processes that appear to belong to a container that is not known yet, oldest first.
     aside: VecDeque<Aside>,
 }
 
@@ -54,23 +58,23 @@ struct Aside {
     until: Instant,
 }
 
-/// How long a container may take to be known after its first process runs. After that,
-/// the process is judged by what can be seen of it.
+/// How long a container may take to become known after its first process runs. After that,
+/// the process is judged by what /proc shows of it.
 const UNKNOWN: Duration = Duration::from_secs(10);
 const MAX_ASIDE: usize = 256;
 
-/// Whose a process is that may be in a container.
+/// To which container a process belongs that may be in a given one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Home {
     Own,
-    /// It shares the pid namespace, and is in another container by all else.
+    /// It shares the pid namespace, and all other signs place it in another container.
     Anothers,
-    /// It shares the pid namespace, and looks like the first process of a container that
-    /// nobody has announced yet.
+    /// It shares the pid namespace, and appears to be the first process of a container that
+    /// has not been announced yet.
     Unknown,
 }
 
-/// What tells whose a process is.
+/// What decides to which container a process belongs.
 #[derive(Clone, Copy, Debug)]
 struct Signs<'a> {
     /// By its mount namespace, its control group or its root directory.
@@ -94,8 +98,8 @@ impl Signs<'_> {
     }
 }
 
-/// Whose a process is that was found to be in a container by one of its namespaces. Others
-/// can have been put into the same pid namespace.
+/// To which container a process belongs that was found in `watched` by one of its
+/// namespaces. Other containers can have been put into the same pid namespace.
 pub(crate) fn home(shared: &Sessions, handle: &Handle, watched: &Watched) -> Home {
     let identity = handle.identity();
     let is_certain = identity == watched.init || shared.births().is_born_inside(identity);
@@ -120,7 +124,7 @@ pub(crate) fn home(shared: &Sessions, handle: &Handle, watched: &Watched) -> Hom
     signs.home()
 }
 
-/// A process that may have opened a session.
+/// A process that had ended when it was to be judged, and that may have opened a session.
 #[derive(Debug)]
 struct Unclear {
     caller: Caller,
@@ -128,21 +132,22 @@ struct Unclear {
     at: Timestamp,
 }
 
-/// More of them are not kept: their records are late, or nobody came from outside.
+/// More of them are not kept: their records are late, or they did not come from outside.
 const MAX_UNCLEAR: usize = 1024;
 
-/// How long others wait for the arguments of who opens a session: on a busy machine an
-/// execve may take its time, and a session without its command says little. Not while
-/// many wait: anybody can call himself a runtime's init.
+/// How long other processes wait for the arguments of a process that opens a session. On a
+/// busy machine an execve may take long, and a session without its command shows little.
+/// With more than [`FEW`] waiting there is no such delay: any process can take the name of a
+/// runtime's init.
 const PATIENCE: Duration = Duration::from_millis(50);
 const FEW: usize = 64;
 
-/// Whether those who wait since `began` have waited long enough.
+/// Whether the processes that wait since `began` have waited long enough.
 fn others_wait(began: Instant, waiting: usize) -> bool {
     waiting > FEW || waiting > 0 && began.elapsed() >= PATIENCE
 }
 
-/// A bounded set that forgets what was not asked for in a while.
+/// A bounded set that forgets what was not looked up for a while.
 #[derive(Debug, Default)]
 struct Recent {
     young: HashSet<ProcessIdentity>,
@@ -174,14 +179,14 @@ impl Recent {
     }
 }
 
-/// Whether an init that was found is still its runtime's. It may wait for its start for
-/// as long as its runtime likes.
+/// Whether an init still runs its runtime's program. An init can wait for its start for as
+/// long as its runtime wants.
 pub(crate) fn has_not_begun(init: &Handle, max_hash_bytes: u64) -> bool {
     outside::runs_program_of_host(init) || runs_copy_of_runtime(init, max_hash_bytes)
 }
 
-/// Whether a process that has been there for a while runs a runtime's copy of itself in
-/// memory: known by its content, since anybody can run a file in memory.
+/// Whether a process runs the copy in memory that a runtime makes of itself. The content
+/// decides, since any process can run a file in memory.
 fn runs_copy_of_runtime(handle: &Handle, max_hash_bytes: u64) -> bool {
     let Ok(exe) = handle.open_exe() else { return false };
     let Ok(stat) = file::stat(&exe) else { return false };
@@ -194,9 +199,9 @@ fn runs_copy_of_runtime(handle: &Handle, max_hash_bytes: u64) -> bool {
 }
 
 impl Openings {
-    /// Judges a process that the gate saw; something once for each session's first process.
-    /// `has_arrived`: whether the kernel has recorded that it came from outside, asked
-    /// of a process that is gone.
+    /// Judges a process that the gate was asked about. Returns a root once for the first
+    /// process of each session. `has_arrived`: whether the kernel has recorded that the
+    /// process came from outside; used if the process has ended.
     pub(crate) fn opens(
         &mut self,
         shared: &Sessions,
@@ -218,7 +223,7 @@ impl Openings {
             return None;
         }
         let handle = Handle::open_exactly(identity).ok();
-        // First: it may end at any moment, and nothing shows it afterwards.
+        // Read first: the process may end at any moment, and nothing shows it afterwards.
         let is_in_control_group =
             handle.as_ref().and_then(|handle| inside::is_in_control_group(handle, watched));
         let judged = handle.and_then(|handle| {
@@ -226,7 +231,7 @@ impl Openings {
             Some((handle, is_root))
         });
         let Some((handle, is_root)) = judged else {
-            // Gone. Without a record of where it came from, no session is invented.
+            // It has ended. Without a record of its origin, no session is reported.
             let is_root = has_arrived();
             if is_root {
                 self.judged.insert(identity);
@@ -255,8 +260,8 @@ impl Openings {
         if stat.identity == watched.init {
             return self.opens_as_init(shared, stat.identity, watched);
         }
-        // One that still runs the host's program has not become its command yet, and
-        // may only start another one.
+        // A process that still runs a program of the host has not executed its command yet,
+        // and may only start another process.
         let is_root = !self.judged.contains(stat.identity)
             && is_root(handle, None, watched) == Some(true)
             && !shared.births().is_born_inside(stat.identity)
@@ -280,17 +285,17 @@ impl Openings {
     ) -> bool {
         let beside = origin::beside(shared, watched);
         let namespace = watched.pid_namespace;
-        let is_in_an_unknown_ones = beside.is_none()
+        let is_in_unknown_namespace = beside.is_none()
             && !watched.has_own_pid_namespace()
             && namespace.is_some_and(|namespace| !procfs::is_host_pid_namespace(namespace));
-        if is_in_an_unknown_ones {
-            // It is judged when the container that began the namespace is known.
+        if is_in_unknown_namespace {
+            // It is judged when the container that created the namespace is known.
             return false;
         }
         self.is_new_init(identity) && beside.is_some()
     }
 
-    /// True once for each container's init, whatever it was taken for before.
+    /// True once for each container's init, also if it was judged as another process before.
     fn is_new_init(&mut self, identity: ProcessIdentity) -> bool {
         if self.inits.contains(identity) {
             return false;
@@ -301,8 +306,8 @@ impl Openings {
         true
     }
 
-    /// Judges a process later, which may be the first one of a container that is not known
-    /// yet; false if too many wait for that.
+    /// Puts aside a process that may be the first one of a container that is not known yet,
+    /// to judge it later. False if too many wait for that.
     pub(crate) fn put_aside(&mut self, identity: ProcessIdentity, watched: &Arc<Watched>) -> bool {
         let is_known = self.judged.contains(identity)
             || self
@@ -320,8 +325,8 @@ impl Openings {
         true
     }
 
-    /// Processes that were put aside and that are a container's after all: none that holds
-    /// them has become known in time.
+    /// Takes the processes that were put aside and that belong to their container after all:
+    /// no other container with them has become known in time.
     pub(crate) fn take_unclaimed(&mut self, shared: &Sessions) -> Vec<(Handle, Arc<Watched>)> {
         let mut unclaimed = Vec::new();
         self.aside.retain(|Aside { identity, watched, until }| {
@@ -338,9 +343,9 @@ impl Openings {
         unclaimed
     }
 
-    /// Opens a session if this is the first process of one, which is described then.
-    /// It waits for that process to become what it is to be, and less long if
-    /// `others` do.
+    /// Opens a session if this is the first process of one, and describes the process. It
+    /// waits until the process has executed its command, but less long if other processes
+    /// wait. `others` returns how many.
     pub(crate) fn open(
         &mut self,
         shared: &Sessions,
@@ -372,15 +377,15 @@ impl Openings {
             is_in_control_group: root.is_in_control_group,
             is_recorded: false,
         });
-        Some(self.tell_of_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
+        Some(self.report_caller(shared, (caller, stat), watched, at, arrival, &others_wait))
     }
 
-    /// The kernel has recorded that a process came from outside that was gone before
-    /// anybody looked: the gate was asked about it.
+    /// Opens a session for a process that had ended when it was to be judged: the gate was
+    /// asked about it, and now the kernel's record shows that it came from outside.
     pub(crate) fn open_gone(&mut self, shared: &Sessions, pid: u32) {
         let arrival = |one: &Unclear| {
-            let of_it = one.caller.pid == pid;
-            of_it.then(|| Arrival::recorded(shared, &one.caller, &one.watched)).flatten()
+            let is_it = one.caller.pid == pid;
+            is_it.then(|| Arrival::recorded(shared, &one.caller, &one.watched)).flatten()
         };
         let found = self.unclear.iter().enumerate().find_map(|(at, one)| Some((at, arrival(one)?)));
         let Some((at, arrival)) = found else { return };
@@ -388,10 +393,10 @@ impl Openings {
         let Some(stat) = &caller.stat else { return };
         self.judged.insert(stat.identity);
         self.inside.insert(stat.identity);
-        self.tell_of_caller(shared, (&caller, stat), &watched, at, arrival, &|| true);
+        self.report_caller(shared, (&caller, stat), &watched, at, arrival, &|| true);
     }
 
-    fn tell_of_caller(
+    fn report_caller(
         &mut self,
         shared: &Sessions,
         (caller, stat): (&Caller, &Stat),
@@ -400,16 +405,20 @@ impl Openings {
         arrival: Arrival,
         others_wait: &dyn Fn() -> bool,
     ) -> Executing {
-        // First: it ends when what it has started does. That a runtime was called for it
-        // is known of the runtime; by its name is only known that it may be worth asking.
+        // Read first: the runtime ends when the process that it has started ends. Only the
+        // runtime's arguments prove that a runtime was invoked. The name of the process only
+        // shows that reading them may be worthwhile.
         let Arrival { is_in_control_group, .. } = arrival;
         let may_be_by_runtime =
             arrival.is_by_runtime() || outside::is_before_entry_point(&stat.comm);
         let asked_for = may_be_by_runtime
             .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
             .flatten();
-        let by_runtime =
-            ByRuntime { was_called: asked_for.is_some(), is_in_control_group, asked: caller.asked };
+        let by_runtime = ByRuntime {
+            was_invoked: asked_for.is_some(),
+            is_in_control_group,
+            asked: caller.asked,
+        };
         let mut executing = describe::after_exec(caller, watched, others_wait);
         let recorded =
             || recorded::recorded_arguments(shared, (caller.pid, caller.asked), others_wait);
@@ -420,8 +429,9 @@ impl Openings {
         if let Some(asked) = asked_for
             && process.argv.as_ref() != Some(&asked.argv)
         {
-            // It was over, or had become another program already; or the call was meant for
-            // another process, which only the kernel's record of this one can tell.
+            // The process had ended, or had executed another program already. Or the
+            // invocation was for another process: only the kernel's record of this process
+            // can show that.
             let recorded = if asked.is_guess { recorded() } else { None };
             let argv = recorded.unwrap_or(asked.argv);
             if process.argv.as_ref() != Some(&argv) {
@@ -431,15 +441,15 @@ impl Openings {
         let pidfd = caller.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
         let opened = Opened { process, pidfd, by_runtime };
         if may_be_by_runtime && Handle::open_exactly(stat.identity).is_err() {
-            // It has ended meanwhile: then only the records tell who made it.
+            // It has ended meanwhile. Then only the records show which process made it.
             wait_for_makers(shared, caller, watched, others_wait);
         }
         self.tell(shared, watched, at, Source::Gate, opened);
         executing
     }
 
-    /// Tells that a session has opened. If that is lost, the next look at the
-    /// container's processes tells it again.
+    /// Reports that a session has opened. If the report is lost, the next scan of the
+    /// container's processes repeats it.
     pub(crate) fn tell(
         &mut self,
         shared: &Sessions,
@@ -455,11 +465,10 @@ impl Openings {
         let is_interactive = opening.interactive.is_some();
         let fact = Fact::SessionOpened { opening: Arc::new(opening) };
         if shared.observe(watched, at, source, fact) {
-            // Behind it, so that what is done in it is not told before.
+            // After the opening, so that the session's activity is not reported before it.
             shared.roots().open(&watched.container, root);
-            let watched_too = watched.clone();
-            let event =
-                Event::Opened { watched: watched_too, root, is_interactive, process: handle };
+            let owned = watched.clone();
+            let event = Event::Opened { watched: owned, root, is_interactive, process: handle };
             shared.act(watched, Act::Event(event));
         } else {
             self.judged.remove(root);
@@ -475,17 +484,17 @@ impl Openings {
     }
 }
 
-/// A session that was found to be open.
+/// A session that was found open, with what is known of its first process.
 pub(crate) struct Opened {
     pub(crate) process: Process,
-    /// A handle of its first process that was opened before it could end.
+    /// A handle of the first process that was opened before the process could end.
     pub(crate) pidfd: Option<OwnedFd>,
     pub(crate) by_runtime: ByRuntime,
 }
 
 /// The first process of a session.
 pub(crate) struct Root {
-    /// As it was when it was judged.
+    /// As it was when the process was judged.
     is_in_control_group: Option<bool>,
 }
 
@@ -498,19 +507,20 @@ impl Root {
 /// How a process came from outside.
 #[derive(Clone, Copy, Debug)]
 struct Arrival {
-    /// When it was judged, or by the kernel's record.
+    /// As it was when the process was judged, or by the kernel's record.
     is_in_control_group: Option<bool>,
     is_recorded: bool,
 }
 
 impl Arrival {
-    /// By the kernel's record of what the gate was asked about.
+    /// By the kernel's record of the execution that the gate was asked about.
     fn recorded(shared: &Sessions, caller: &Caller, watched: &Watched) -> Option<Arrival> {
         let roots = shared.roots();
         let arrived = roots.arrival(&watched.container, caller.pid, caller.asked?)?;
-        // What calls itself a runtime is judged by what a runtime does.
-        let is_past_it = !arrived.is_in_control_group;
-        if is_past_it
+        // A process with the name of a runtime's init counts only if it was put into the
+        // control group, as a runtime does.
+        let is_outside_cgroup = !arrived.is_in_control_group;
+        if is_outside_cgroup
             && caller.stat.as_ref().is_none_or(|it| outside::is_before_entry_point(&it.comm))
         {
             return None;
@@ -519,15 +529,14 @@ impl Arrival {
         Some(Arrival { is_in_control_group, is_recorded: true })
     }
 
-    /// Only a runtime puts a process into a container's control group that came from
-    /// outside.
+    /// Only a runtime puts a process from outside into a container's control group.
     fn is_by_runtime(self) -> bool {
         self.is_recorded && self.is_in_control_group == Some(true)
     }
 }
 
-/// Where the kernel has recorded that a process came from, which is gone by now. Waits
-/// for its records only if it is worth asking, and not for long if `others_wait`.
+/// The recorded origin of a process that has ended. Waits for its records only if it may be
+/// a runtime's, and not for long if `others_wait`.
 fn recorded_arrival(
     shared: &Sessions,
     caller: &Caller,
@@ -536,15 +545,15 @@ fn recorded_arrival(
 ) -> Option<Arrival> {
     let asked = caller.asked?;
     let recorded = || Arrival::recorded(shared, caller, watched);
-    let may_be_runtimes =
+    let may_be_by_runtime =
         caller.stat.as_ref().is_some_and(|it| outside::is_before_entry_point(&it.comm));
-    if may_be_runtimes && recorded().is_none() {
+    if may_be_by_runtime && recorded().is_none() {
         recorded::wait_for_records(shared, (caller.pid, asked), others_wait);
     }
     recorded()
 }
 
-/// Waits until the kernel's record of who made a process has been read, but not for long.
+/// Waits a short time until the kernel's record of a process's makers has been read.
 fn wait_for_makers(
     shared: &Sessions,
     caller: &Caller,
@@ -564,8 +573,8 @@ fn wait_for_makers(
     }
 }
 
-/// Whether a process is in the container and its parent is not; `None` if that
-/// cannot be told any more.
+/// Whether a process is in the container and its parent is not. `None` if that cannot be
+/// read any more.
 fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> Option<bool> {
     if !inside::is_inside(handle, watched)? {
         return Some(false);
@@ -578,8 +587,8 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
         .filter(|parent| parent.identity().start_time <= start_time)
         .or_else(|| Handle::open(handle.stat().ok()?.parent).ok())?;
     let mut chain = procfs::chain(parent.identity().pid).into_iter();
-    // Who has joined and still runs a program of the host's has only come to start
-    // another one: `nsenter` does so.
+    // A parent that has joined the container and still runs a program of the host only
+    // starts another process, as `nsenter` does. It is skipped.
     let first = chain.find(|parent| {
         parent.identity() == watched.init
             || inside::is_inside(parent, watched) != Some(true)
@@ -588,7 +597,7 @@ fn is_root(handle: &Handle, parent_at_exec: Option<u32>, watched: &Watched) -> O
     Some(!inside::is_inside(&first, watched)?)
 }
 
-/// The container of which a process is the init, by the pid namespace that it is in.
+/// The container whose init this process is, by its pid namespace.
 pub(crate) fn of_init(shared: &Sessions, handle: &Handle) -> Option<Arc<Watched>> {
     let namespace = handle.pid_namespace().ok()?;
     let found = shared.table.in_pid_namespace(namespace);
@@ -600,21 +609,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a31_who_shares_a_pid_namespace_alone_may_be_a_container_that_is_not_known_yet() {
+    fn a31_a_process_that_shares_only_a_pid_namespace_may_belong_to_an_unknown_container() {
         let host = Some(&b"/system.slice/containerd.service"[..]);
         let pod = Some(&b"/kubepods/pod/x"[..]);
         let check = |is_within, is_in_another, cgroup, parents_cgroup, expected| {
             let signs = Signs { is_within, is_in_another, cgroup, parents_cgroup };
             assert_eq!(signs.home(), expected, "{signs:?}");
         };
-        // A runtime has put it where its parent is not.
+        // A runtime has put it into another control group than its parent's.
         check(false, false, pod, host, Home::Unknown);
         check(false, true, pod, host, Home::Anothers);
         check(false, true, host, host, Home::Anothers);
         check(true, true, pod, host, Home::Own);
-        // Somebody has entered the namespace and nothing else.
+        // A process has entered the namespace and nothing else.
         check(false, false, host, host, Home::Own);
-        // Where control groups tell nothing.
+        // Control groups show nothing.
         check(false, false, Some(b"/"), host, Home::Own);
         check(false, false, pod, None, Home::Own);
         check(false, false, None, None, Home::Own);
@@ -626,11 +635,11 @@ mod tests {
         let mut sessions = Openings::default();
         sessions.judged.insert(init);
         assert!(sessions.is_new_init(init));
-        assert!(!sessions.is_new_init(init), "that is said once");
+        assert!(!sessions.is_new_init(init), "it is new only once");
     }
 
     #[test]
-    fn what_is_asked_for_is_not_forgotten_and_the_rest_is() {
+    fn what_is_looked_up_is_kept_and_the_rest_is_forgotten() {
         let process = |pid| ProcessIdentity { pid, start_time: 1 };
         let mut recent = Recent::default();
         for pid in 0..u32::try_from(4 * GENERATION).unwrap() {

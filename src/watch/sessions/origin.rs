@@ -1,4 +1,8 @@
-//! How a session came in, and by whom: gathered while its first process may be ending.
+//! How a session came in, and which processes and which user stand behind it.
+//!
+//! `opening` calls [`opening`] when it has found a session. The facts are gathered while the
+//! first process may be exiting: what /proc no longer shows comes from the kernel's records.
+//! [`Evidence`] decides the kind of entry from them, and names of programs do not count.
 
 use super::inside;
 use super::shared::Sessions;
@@ -10,18 +14,18 @@ use crate::watch::core::watched::Watched;
 use crate::watch::process::describe;
 use crate::watch::process::roots::{Arrived, Maker};
 
-/// What is known of how a runtime has made a process, beside what the process shows.
+/// What is known of how a runtime has started a process, beside what /proc shows.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ByRuntime {
-    /// A runtime on the host was called to execute something in this container.
-    pub(crate) was_called: bool,
-    /// When it was judged, or by the kernel's record of one that is gone.
+    /// A runtime on the host was invoked to execute something in this container.
+    pub(crate) was_invoked: bool,
+    /// As it was when the process was judged, or by the kernel's record if it had ended.
     pub(crate) is_in_control_group: Option<bool>,
-    /// When the gate was asked about it, by the records' clock.
+    /// When the gate was asked about it, by the clock of the records.
     pub(crate) asked: Option<u64>,
 }
 
-/// What is to be told of a session's beginning, gathered while it may be ending.
+/// What is reported of a session's opening, gathered while its first process may be exiting.
 pub(crate) fn opening(
     shared: &Sessions,
     watched: &Watched,
@@ -39,10 +43,10 @@ pub(crate) fn opening(
     if !is_whole(&chain)
         && let Some(reaper) = handle.as_ref().and_then(|handle| handle.stat().ok())
     {
-        // Its parent has ended, and it was given to another one.
+        // Its parent has ended, and the kernel has given it another parent.
         chain = procfs::chain(reaper.parent);
     }
-    // Of parents that have ended, the kernel's records tell.
+    // The kernel's records show parents that have ended.
     let recorded = if is_whole(&chain) {
         None
     } else {
@@ -52,7 +56,7 @@ pub(crate) fn opening(
     let makers = recorded.as_ref().map(|arrived| &*arrived.makers).unwrap_or_default();
     let is_shim = |pid| Some(pid) == shim;
     let evidence = Evidence {
-        is_by_runtime: by_runtime.was_called,
+        is_by_runtime: by_runtime.was_invoked,
         is_child_of_shim: chain.iter().any(|one| is_shim(one.identity().pid))
             || makers.iter().any(|maker| is_shim(maker.pid)),
         is_parent_gone: !is_whole(&chain) && (makers.is_empty() || shim.is_none()),
@@ -85,8 +89,8 @@ pub(crate) fn opening(
     }
 }
 
-/// The parents that stand above the last one that is known of a process. That one may be
-/// among them; if it had ended when it was looked at, they may know what it was.
+/// The parents above `last`, the outermost ancestor that is already described. `last` may be
+/// among `parents`. If it had ended when it was described, they may still hold its program.
 pub(crate) fn above(last: Option<&mut Ancestor>, mut parents: Vec<Ancestor>) -> Vec<Ancestor> {
     let Some(last) = last else { return parents };
     let is_last = |parent: &Ancestor| parent.identity.pid == last.identity.pid;
@@ -101,13 +105,13 @@ pub(crate) fn above(last: Option<&mut Ancestor>, mut parents: Vec<Ancestor>) -> 
     parents
 }
 
-/// The parents of a process by the kernel's records, and those of the last of them by
-/// /proc: what is recorded ends with what was there before.
+/// The parents of a process by the kernel's records, followed by the parents of the last of
+/// them by /proc: the records end at a process that is older than they are.
 pub(crate) fn made_by(makers: &[Maker]) -> Vec<Ancestor> {
     let by_record = |maker: &Maker| {
         let living = Handle::open(maker.pid).ok().map(|handle| describe::ancestor(&handle));
         let exe = maker.exe.as_deref().map(printable);
-        // The number may be another process's by now.
+        // The pid may have been reused.
         living.filter(|living| living.exe == exe || exe.is_none()).unwrap_or(Ancestor {
             identity: ProcessIdentity { pid: maker.pid, start_time: 0 },
             exe,
@@ -119,26 +123,26 @@ pub(crate) fn made_by(makers: &[Maker]) -> Vec<Ancestor> {
     makers.iter().map(by_record).chain(above.iter().map(describe::ancestor)).collect()
 }
 
-/// Who asked for a session whose command is `env NAME=VALUE COMMAND`: webhooks name him
-/// by putting that before what he asked for.
+/// The user that requested a session whose command is `env NAME=VALUE COMMAND`. Webhooks
+/// name the user by putting that before the requested command.
 pub(crate) fn requester(variables: &[String], argv: &[String]) -> Option<String> {
     let (program, rest) = argv.split_first()?;
     if program.rsplit('/').next() != Some("env") {
         return None;
     }
-    let mut assignments = rest.iter().map_while(|word| word.split_once('='));
+    let mut assignments = rest.iter().map_while(|argument| argument.split_once('='));
     assignments
         .find_map(|(name, value)| variables.iter().any(|known| known == name).then_some(value))
         .map(ToOwned::to_owned)
 }
 
-/// Whether a chain of parents leads to the host's first process. Of who is ending the
-/// kernel does not tell the parent any more.
+/// Whether a chain of parents leads to the host's first process. The kernel no longer shows
+/// the parent of a process that is exiting.
 pub(crate) fn is_whole(chain: &[Handle]) -> bool {
     chain.last().is_some_and(|last| last.identity().pid == 1)
 }
 
-/// The container in whose pid namespace this one was put, which is not its own.
+/// The other container into whose pid namespace this one was put.
 pub(crate) fn beside(shared: &Sessions, watched: &Watched) -> Option<ContainerId> {
     let namespace = watched.pid_namespace?;
     if watched.has_own_pid_namespace() || procfs::is_host_pid_namespace(namespace) {
@@ -147,14 +151,15 @@ pub(crate) fn beside(shared: &Sessions, watched: &Watched) -> Option<ContainerId
     Some(shared.table.first_in_pid_namespace(namespace)?.container.clone())
 }
 
-/// By what it is told how a session came in. Names are no evidence: what a process
-/// descends from and where its runtime has put it are.
+/// What decides how a session came in. Names are no evidence. The ancestors of a process and
+/// the place where its runtime has put it are.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Evidence {
     pub(crate) is_by_runtime: bool,
-    /// It descends from whoever started the container's init.
+    /// It descends from the process that started the container's init.
     pub(crate) is_child_of_shim: bool,
-    /// Nothing is known of its parent: who is executed by a shim, and ends at once.
+    /// Nothing is known of its parent: typical of a process that a shim executes and that
+    /// ends at once.
     pub(crate) is_parent_gone: bool,
     pub(crate) is_in_control_group: Option<bool>,
 }
@@ -164,8 +169,8 @@ impl Evidence {
         match self {
             Evidence { is_in_control_group: Some(false), .. } => Entry::Namespace,
             Evidence { is_child_of_shim: true, .. } => Entry::RuntimeExec,
-            // A shim does not wait for what it has asked for; who calls a runtime by hand
-            // does.
+            // A shim does not wait for the runtime's command. A process that invokes a
+            // runtime directly does, and so the parent would still be there.
             Evidence { is_parent_gone: true, is_in_control_group: Some(true), .. }
             | Evidence { is_parent_gone: true, is_by_runtime: true, .. } => Entry::RuntimeExec,
             Evidence { is_by_runtime: true, .. } => Entry::RuntimeDirect,
@@ -181,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn how_a_session_came_in_is_told_by_evidence() {
+    fn evidence_decides_how_a_session_came_in() {
         let none = Evidence {
             is_by_runtime: false,
             is_child_of_shim: false,
@@ -196,12 +201,12 @@ mod tests {
         let by_hand = Evidence { is_by_runtime: true, is_in_control_group: inside, ..none };
         check(by_hand, Entry::RuntimeDirect);
         check(Evidence { is_by_runtime: false, ..by_hand }, Entry::RuntimeDirect);
-        // Over before anything but the gate's own facts could be read.
+        // It ended before anything but the gate's own facts could be read.
         let short = Evidence { is_by_runtime: true, is_parent_gone: true, ..none };
         check(short, Entry::RuntimeExec);
         let recorded = Evidence { is_parent_gone: true, is_in_control_group: inside, ..none };
         check(recorded, Entry::RuntimeExec);
-        // Whatever it calls itself, no runtime has put it there.
+        // Whatever its name is, no runtime has put it there.
         let outside = Some(false);
         check(Evidence { is_in_control_group: outside, ..none }, Entry::Namespace);
         check(Evidence { is_in_control_group: outside, ..by_hand }, Entry::Namespace);
@@ -209,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asked_for_a_session_is_told_by_the_command_that_a_webhook_has_changed() {
+    fn a_command_that_a_webhook_has_changed_names_the_requesting_user() {
         let variables = ["SPO_EXEC_REQUEST_UID".to_owned(), "ASKED_BY".to_owned()];
         let of = |argv: &str| {
             let argv: Vec<String> = argv.split(' ').map(str::to_owned).collect();
@@ -217,13 +222,13 @@ mod tests {
         };
         assert_eq!(of("env SPO_EXEC_REQUEST_UID=7f3 sh -i").as_deref(), Some("7f3"));
         assert_eq!(of("/usr/bin/env A=1 ASKED_BY=a=b sh").as_deref(), Some("a=b"));
-        assert_eq!(of("env sh ASKED_BY=x"), None, "an argument of somebody else's");
+        assert_eq!(of("env sh ASKED_BY=x"), None, "an argument of another program");
         assert_eq!(of("sh ASKED_BY=x"), None);
         assert_eq!(requester(&variables, &[]), None);
     }
 
     #[test]
-    fn the_parents_above_are_all_but_what_is_known_already() {
+    fn the_parents_above_are_all_but_those_described_already() {
         let one = |pid: u32, exe: Option<&str>| Ancestor {
             identity: ProcessIdentity { pid, start_time: 1 },
             exe: exe.map(ToOwned::to_owned),
@@ -237,7 +242,7 @@ mod tests {
         };
         check(None, &[shim()], &[shim()]);
         check(Some(runc()), &[runc(), shim()], &[shim()]);
-        // It has ended, and what it made has another parent now.
+        // It has ended, and its child has another parent now.
         check(Some(one(9, None)), &[shim()], &[shim()]);
         let known = check(Some(one(9, None)), &[runc(), shim()], &[shim()]);
         assert_eq!(known, Some(runc()));

@@ -1,4 +1,8 @@
-//! Container runtimes of the host, known by what their programs hold.
+//! Container runtimes of the host, known by the content of their programs.
+//!
+//! A runtime runs a copy of itself in memory. This file decides whether a program in memory
+//! is such a copy, by comparing hashes with programs of the host. It only reads the host's
+//! own files, through `sys::door`. The names of runtimes are in `model::programs`.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
@@ -10,27 +14,27 @@ use crate::sys::perf::Mapped;
 use crate::sys::procfs::Handle;
 use crate::watch::files::state;
 
-/// Where runtimes are installed. Nothing is believed because of such a name: the
-/// content that is executed must be the content found there.
+/// Where runtimes are installed. A path alone proves nothing: the executed content must be
+/// the content found there.
 pub(crate) const PLACES: [&str; 5] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
 
-/// Container runtimes execute themselves from a sealed copy in memory, so that no
-/// container can overwrite them. Such a copy is known by its content.
+/// The hashes of programs of the host. Container runtimes execute themselves from a sealed
+/// copy in memory, so that no container can overwrite them. The content identifies the copy.
 #[derive(Debug, Default)]
 pub(crate) struct Runtimes {
     pub(crate) hashes: HashMap<(u64, u64, crate::model::FileTime), Option<Blake3Hash>>,
 }
 
-/// Whether a program has such a name: no more than a reason to look at it.
+/// Whether a program has the name of a runtime. That is only a reason to check it.
 pub(crate) fn is_called_like_a_runtime(file_name: &[u8]) -> bool {
     let name = file_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
     programs::is_runtime(name)
 }
 
 impl Runtimes {
-    /// Whether a program in memory is the copy of a program of the host's: of what
-    /// its process or who made it ran before, or of an installed runtime.
+    /// Whether a program in memory is the copy of a program of the host: of the program that
+    /// its process or the parent ran before, or of an installed runtime.
     pub(crate) fn is_runtimes_own(
         &mut self,
         previous: Option<&Mapped>,
@@ -40,18 +44,18 @@ impl Runtimes {
     ) -> bool {
         let previous = previous.and_then(on_host);
         let Some(content) = state.blake3() else {
-            // It is gone, like the process, which came from outside and ran a program
-            // of the host's just before.
+            // The file is gone, like its process. That came from outside and ran a program
+            // of the host just before.
             return previous.is_some();
         };
-        let of_parent = parent.and_then(|parent| {
+        let parents_program = parent.and_then(|parent| {
             let fd = Handle::open(parent).ok()?.open_exe().ok()?;
             let stat = file::stat(&fd).ok()?;
             Some(Held { fd, stat })
         });
         previous
             .into_iter()
-            .chain(of_parent)
+            .chain(parents_program)
             .any(|held| self.hash(&held, state.size, max) == Some(content))
             || self.is_installed(state, max)
     }
@@ -69,7 +73,7 @@ impl Runtimes {
         })
     }
 
-    /// The hash of a program of the host's, if it is of this size at all.
+    /// The hash of a program of the host, if the program has this size.
     pub(crate) fn hash(
         &mut self,
         Held { fd, stat }: &Held,
@@ -83,11 +87,11 @@ impl Runtimes {
         if let Some(hash) = self.hashes.get(&key) {
             return *hash;
         }
-        const MOST: usize = 64;
-        if self.hashes.len() >= MOST {
+        const MAX_HASHES: usize = 64;
+        if self.hashes.len() >= MAX_HASHES {
             self.hashes.clear();
         }
-        // Of a container's it would be no copy of the host's.
+        // No container's view: a file that only a container sees is no program of the host.
         let local = View::of([]).ground(stat).local();
         let hash = state::state_of(fd.as_fd(), stat, local, max).blake3();
         self.hashes.insert(key, hash);
@@ -95,7 +99,7 @@ impl Runtimes {
     }
 }
 
-/// A mapped file by its name, if the host has the same file there.
+/// Opens a mapped file by its name, if the host has the same file there.
 pub(crate) fn on_host(mapped: &Mapped) -> Option<Held> {
     let held = door::on_host(&mapped.name).ok()?;
     ((held.stat.device, held.stat.inode) == (mapped.device, mapped.inode)).then_some(held)

@@ -1,18 +1,19 @@
-//! What the threads share of sessions. It carries what is known of files, and with that
-//! of processes, and the core.
+//! What the threads share about sessions: the terminals and the runtime invocations.
+//!
+//! `Sessions` carries `Files`, and with it the processes and the core.
 
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::calls::Calls;
+use super::calls::Invocations;
 use super::terminals::Terminals;
 use crate::watch::files::shared::Files;
 
-/// What is known of sessions, for all containers.
+/// What is known about sessions, for all containers.
 pub(crate) struct Sessions {
     pub(crate) files: Arc<Files>,
     pub(crate) terminals: Terminals,
-    calls: Mutex<Calls>,
+    invocations: Mutex<Invocations>,
 }
 
 impl Deref for Sessions {
@@ -25,11 +26,11 @@ impl Deref for Sessions {
 
 impl Sessions {
     pub(crate) fn new(files: Arc<Files>) -> Sessions {
-        Sessions { files, terminals: Terminals::new(), calls: Mutex::default() }
+        Sessions { files, terminals: Terminals::new(), invocations: Mutex::default() }
     }
 
-    /// What runtimes were called for lately.
-    pub(crate) fn calls(&self) -> MutexGuard<'_, Calls> {
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The latest runtime invocations.
+    pub(crate) fn calls(&self) -> MutexGuard<'_, Invocations> {
+        self.invocations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,7 +1,10 @@
-//! Who types into the terminal of a container's init where nothing has to be opened
-//! for that: the kubelet's runtime and Docker hold its input open from the beginning
-//! and hand on what whoever attaches sends them. That something was typed is seen
-//! where it is read, inside; whose fingers those were is not.
+//! Attach sessions without an open: input that was typed into the terminal of a container's
+//! init.
+//!
+//! The kubelet's runtime and Docker hold that input open from the beginning and pass on what
+//! an attached client sends. So no open shows the client. driftd sees the input when init
+//! reads it, through inotify on the terminal; the person typing is not known.
+//! Clients that open the input themselves are found by `attachments`.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -22,25 +25,27 @@ use crate::watch::process::roots::Arrival;
 use crate::watch::process::shared::Processes;
 use crate::watch::process::{describe, outside};
 
-/// Terminals that are listened to at once.
+/// The maximum number of terminals that are watched at once.
 const MAX_TERMINALS: usize = 1024;
-/// How often it is asked whose session is over. So long nothing is heard of a terminal
-/// in which somebody types: a program that reads all the time costs no more than that.
+/// How often sessions are checked for their end, and terminals are watched anew. After input
+/// the terminal is not watched until then, so that a program that reads all the time costs
+/// no more than one event.
 const TURN: Duration = Duration::from_secs(5);
-/// While somebody is there, whose last word says when he was.
+/// The same while a session is open: its last input gives the time of its end.
 const TURN_THERE: Duration = Duration::from_secs(1);
-/// While an init has not begun, which gets its terminal before.
+/// The same while an init has not begun: it gets its terminal before that.
 const TURN_BEFORE: Duration = Duration::from_millis(100);
-/// When nobody has typed for so long, whoever had attached is taken to have left.
+/// After so long without input, the client counts as detached.
 const IDLE: Duration = Duration::from_secs(15 * 60);
-/// How late it is heard that something was typed, and what was begun meanwhile is read
-/// of: the latter in clock ticks, of which Linux tells a hundred a second.
+/// How late the event for typed input arrives. What started in that time belongs to the
+/// session. `LATE_TICKS` is the same for start times, in clock ticks: Linux reports a hundred
+/// of them per second.
 const LATE: SignedDuration = SignedDuration::from_millis(20);
 const LATE_TICKS: u64 = 10;
 
-/// Listens to terminals.
+/// The terminals that are watched for input.
 pub(crate) struct Terminals {
-    /// `None` where the kernel gives none.
+    /// `None` if the kernel gave no instance.
     inotify: Option<OwnedFd>,
     known: Mutex<Vec<Terminal>>,
 }
@@ -50,15 +55,15 @@ struct Terminal {
     watched: Arc<Watched>,
     /// Its init has become the container's program.
     has_begun: bool,
-    /// What the kernel calls it while it listens: it does until something is read.
-    listening: Option<i32>,
+    /// The kernel's number of the watch. The watch ends when something is read.
+    watch: Option<i32>,
     session: Option<Session>,
 }
 
 #[derive(Clone, Copy)]
 struct Session {
     root: ProcessIdentity,
-    /// When something that was typed was last read, as far as was heard.
+    /// When typed input was last read, by the events that arrived.
     typed: (Instant, Timestamp),
 }
 
@@ -67,8 +72,9 @@ impl Terminals {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
         if let Err(err) = &inotify {
             tracing::warn!(
-                "who attaches through the kubelet or Docker is not seen: the kernel gives no \
-                 inotify (fs.inotify.max_user_instances may be used up): {err}"
+                "cannot watch containers' terminals, sessions attached through the kubelet or \
+                 Docker will be missed: the kernel gives no inotify instance \
+                 (fs.inotify.max_user_instances may be used up): {err}"
             );
         }
         Terminals { inotify: inotify.ok(), known: Mutex::default() }
@@ -78,7 +84,7 @@ impl Terminals {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on it is told when somebody types into the terminal of its init.
+    /// Watches the terminal of a container's init for input from now on.
     pub(crate) fn listen(&self, watched: &Arc<Watched>) -> io::Result<()> {
         let Some(inotify) = &self.inotify else { return Ok(()) };
         let mut known = self.known();
@@ -90,9 +96,9 @@ impl Terminals {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
         let watched = watched.clone();
-        let mut terminal = Terminal { watched, has_begun: false, listening: None, session: None };
+        let mut terminal = Terminal { watched, has_begun: false, watch: None, session: None };
         let armed = arm(inotify, &mut terminal);
-        // Where there is no room, there may be later.
+        // If the watch failed for lack of room, a later turn tries again.
         if !matches!(armed, Ok(false)) {
             known.push(terminal);
         }
@@ -107,20 +113,20 @@ impl Terminals {
             let turn = self.turn();
             shared.wait_for(inotify, Some(turn));
             let mut events = Reader::new(inotify, &mut buffer);
-            // Nothing to read is an error too; none of the others can last.
+            // An empty queue is an error too. No other error is permanent.
             while let Ok(event) = events.next() {
-                self.heard(shared, event.wd(), event.events());
+                self.handle_event(shared, event.wd(), event.events());
             }
             if last_turn.elapsed() >= turn {
                 last_turn = Instant::now();
-                self.look(shared, inotify);
+                self.check(shared, inotify);
             }
         }
     }
 
     fn turn(&self) -> Duration {
         let known = self.known();
-        if known.iter().any(|terminal| !terminal.has_begun && terminal.listening.is_none()) {
+        if known.iter().any(|terminal| !terminal.has_begun && terminal.watch.is_none()) {
             TURN_BEFORE
         } else if known.iter().any(|terminal| terminal.session.is_some()) {
             TURN_THERE
@@ -129,29 +135,29 @@ impl Terminals {
         }
     }
 
-    fn heard(&self, shared: &Processes, number: i32, events: ReadFlags) {
+    fn handle_event(&self, shared: &Processes, number: i32, events: ReadFlags) {
         let mut known = self.known();
         if events.contains(ReadFlags::QUEUE_OVERFLOW) {
-            // Whatever was not told is not asked for any more.
-            known.iter_mut().for_each(|terminal| terminal.listening = None);
+            // Watches whose events were lost have ended. All are placed anew.
+            known.iter_mut().for_each(|terminal| terminal.watch = None);
             return;
         }
-        let is_it = |terminal: &&mut Terminal| terminal.listening == Some(number);
+        let is_it = |terminal: &&mut Terminal| terminal.watch == Some(number);
         let Some(terminal) = known.iter_mut().find(is_it) else { return };
-        // Heard once, or gone.
-        terminal.listening = None;
+        // A watch gives one event, or ends with the terminal.
+        terminal.watch = None;
         if events.contains(ReadFlags::ACCESS) {
             terminal.typed(shared);
         }
     }
 
-    /// Ends the sessions of those who have left, and listens anew.
-    fn look(&self, shared: &Processes, inotify: &OwnedFd) {
+    /// Ends the sessions of clients that have detached, and watches terminals anew.
+    fn check(&self, shared: &Processes, inotify: &OwnedFd) {
         let mut known = self.known();
         known.retain_mut(|terminal| {
             if terminal.watched.is_detaching() {
-                if let Some(number) = terminal.listening {
-                    // It may be gone with the terminal.
+                if let Some(number) = terminal.watch {
+                    // The watch may be gone with the terminal.
                     let _ = inotify::remove_watch(inotify, number);
                 }
                 return false;
@@ -169,12 +175,12 @@ impl Terminals {
                     terminal.session = None;
                 }
             }
-            if terminal.listening.is_some() {
+            if terminal.watch.is_some() {
                 return true;
             }
             match arm(inotify, terminal) {
                 Ok(has_terminal) => has_terminal || terminal.session.is_some(),
-                // That was said when it was first asked for.
+                // The failure was reported by `listen`.
                 Err(_) => true,
             }
         });
@@ -182,7 +188,7 @@ impl Terminals {
 }
 
 impl Terminal {
-    /// Something that was typed has been read.
+    /// Typed input has been read.
     fn typed(&mut self, shared: &Processes) {
         let watched = &self.watched;
         let (typed, now) = ((Instant::now(), Timestamp::now()), procfs::ticks_since_boot());
@@ -192,14 +198,14 @@ impl Terminal {
         }
         let is_known = {
             let roots = shared.roots();
-            // Whoever has opened its input is at it, or init is a session itself.
+            // A client that has opened the input is attached, or init is a session itself.
             roots.at_terminal(watched.init).is_some() || roots.is_open(watched.init)
         };
         if is_known {
             return;
         }
         let Ok(init) = Handle::open_exactly(watched.init) else { return };
-        // Nobody knows who came: it is known by when.
+        // The client is not known. The time of its first input identifies the session.
         let root = ProcessIdentity { pid: watched.init.pid, start_time: now };
         let process = describe::as_it_is(&init, watched);
         let fact = attachments::opened(root, process, Vec::new(), None);
@@ -213,8 +219,8 @@ impl Terminal {
     }
 }
 
-/// Asks the kernel to tell of the next time something is read from the terminal of a
-/// container's init. False if that has none, and will have none.
+/// Watches for the next read from the terminal of a container's init. False if the init has
+/// no terminal and will have none.
 fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
     let Ok(init) = Handle::open_exactly(terminal.watched.init) else { return Ok(false) };
     terminal.has_begun = !outside::runs_program_of_host(&init);
@@ -222,12 +228,13 @@ fn arm(inotify: &OwnedFd, terminal: &mut Terminal) -> io::Result<bool> {
     let Some(input) = is_terminal.then(|| init.open_descriptor(0).ok()).flatten() else {
         return Ok(!terminal.has_begun);
     };
-    // A container's own filesystem can show such a device too, and would be asked.
+    // A container's own filesystem can show such a device too. The watch would then ask that
+    // filesystem.
     if View::of([&init]).ground(&file::stat(&input)?) != Ground::Kernel {
         return Ok(!terminal.has_begun);
     }
     let path = format!("/proc/self/fd/{}", input.as_raw_fd());
     let flags = WatchFlags::ACCESS | WatchFlags::ONESHOT;
-    terminal.listening = Some(inotify::add_watch(inotify, path, flags)?);
+    terminal.watch = Some(inotify::add_watch(inotify, path, flags)?);
     Ok(true)
 }
