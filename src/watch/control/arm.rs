@@ -1,20 +1,20 @@
-//! Arming for certain: the gate is asked before the host's container runtime runs, so
-//! that a container carries its marks before its entry point does.
+//! Arming before the start: the gate is asked before the host's container runtime runs, so that
+//! a container has its marks before its entry point runs.
 //!
-//! A shim calls the runtime twice: `create` leaves the container's init waiting in
-//! its namespaces, `start` lets it become the entry point. The gate holds the second
-//! call until the marks are there.
+//! A shim invokes the runtime twice: `create` leaves the container's init waiting in its
+//! namespaces, `start` lets it become the entry point. The gate holds the second invocation
+//! until the marks are there.
 //!
 //! ```text
-//! shim execs runc ──> gate ── is it called like a shim? ──> arming: is it one of the host's?
-//!                      ^                                       │ bundle/init.pid: init waits?
-//!                      └───────── marked, or nothing to do <───┘ then its marks
+//! shim execs runc ──> gate ── is it named like a shim? ──> arming: is it one of the host's?
+//!                      ^                                      │ bundle/init.pid: init waits?
+//!                      └───────── marked, or nothing to do <──┘ then its marks
 //! ```
 //!
-//! Every container start of the node passes here, so nothing may hold it: after half a
-//! second the gate lets the runtime run by itself, and counts that. A call that is no
-//! shim's (a runtime within a container, at a terminal, or the runtime's own) goes on at
-//! once.
+//! Every container start of the node passes here, so nothing may hold it: after half a second
+//! the gate lets the runtime run by itself, and counts that. An invocation that comes from no
+//! shim (in a container, at a terminal, or by the runtime itself) continues at once. This
+//! thread must not place a container's marks itself: `marker` does.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -39,36 +39,36 @@ use crate::watch::process::outside;
 /// Which containers are armed before they start.
 #[derive(Debug, Clone)]
 pub struct Scope {
-    /// The runtimes' programs. Those that are not there yet are waited for.
+    /// The runtimes' programs. One that does not exist yet is marked when it appears.
     pub runtimes: Vec<PathBuf>,
-    /// The containerds whose shims are listened to, by their sockets.
+    /// The sockets of the containerds whose containers are armed.
     pub sockets: Vec<PathBuf>,
     /// containerd namespaces that are not watched.
     pub exclude_namespaces: BTreeSet<String>,
 }
 
 const TURN: Duration = Duration::from_millis(250);
-/// How many calls may wait at a time.
+/// How many invocations may wait at a time.
 pub(crate) const QUEUE: usize = 256;
-/// Bundles of one shim's namespace that are looked at in one call.
+/// How many bundles of a shim's namespace are examined for one invocation.
 const MAX_BUNDLES: usize = 8 * 1024;
 
 /// A runtime's program.
 #[derive(Debug)]
 struct Runtime {
     path: PathBuf,
-    /// Device and inode of what is marked.
+    /// Device and inode of the file that is marked.
     marked: Option<(u64, u64)>,
 }
 
-/// The thread that looks into the calls and places the marks.
+/// The thread that handles the invocations and has the marks placed.
 pub(crate) struct Arming {
     shared: Arc<Core>,
     marker: Arc<Marker>,
     marks: Marks,
     scope: Scope,
     runtimes: Vec<Runtime>,
-    calls: Receiver<Call>,
+    invocations: Receiver<Call>,
     pid_namespace: u64,
 }
 
@@ -78,7 +78,7 @@ impl Arming {
         marker: Arc<Marker>,
         marks: Marks,
         scope: &Scope,
-        calls: Receiver<Call>,
+        invocations: Receiver<Call>,
     ) -> Result<Arming, crate::watch::core::message::Error> {
         let own =
             Handle::open(std::process::id()).map_err(crate::watch::core::message::Error::Arming)?;
@@ -87,7 +87,8 @@ impl Arming {
         let runtime = |path: &PathBuf| Runtime { path: path.clone(), marked: None };
         let runtimes = scope.runtimes.iter().map(runtime).collect();
         let scope = scope.clone();
-        let mut arming = Arming { shared, marker, marks, scope, runtimes, calls, pid_namespace };
+        let mut arming =
+            Arming { shared, marker, marks, scope, runtimes, invocations, pid_namespace };
         arming.mark_runtimes();
         let _ = arming.shared.arming.since.set(own.identity().start_time);
         Ok(arming)
@@ -97,10 +98,10 @@ impl Arming {
         let _ = rustix::process::setpriority_process(None, -10);
         let mut marked = Instant::now();
         while !self.shared.is_stopping() {
-            match threads::recv_timeout(&self.calls, TURN) {
-                Ok(call) => {
-                    self.look_into(&call.caller);
-                    self.marks.release(call.number);
+            match threads::recv_timeout(&self.invocations, TURN) {
+                Ok(invocation) => {
+                    self.arm_containers_of(&invocation.caller);
+                    self.marks.release(invocation.number);
                 }
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -135,9 +136,9 @@ impl Arming {
         }
     }
 
-    /// Whether a call is of a shim of the host's. A container's process may call itself
-    /// anything, but not be in our pid namespace; and one that shares it is in a mount
-    /// namespace that we know.
+    /// Whether a process that looks like a shim belongs to the host. A container's process can
+    /// give itself any name, but is not in driftd's pid namespace; and one that shares it is in
+    /// a mount namespace that is known.
     fn is_of_host(&self, shim: &Handle) -> bool {
         shim.pid_namespace().is_ok_and(|namespace| namespace == self.pid_namespace)
             && shim
@@ -145,9 +146,9 @@ impl Arming {
                 .is_ok_and(|namespace| !self.shared.table.is_mount_namespace(namespace))
     }
 
-    /// Arms the containers of the calling shim that have not begun. Whatever
-    /// cannot be read belongs to a shim that has ended.
-    fn look_into(&self, caller: &Stat) -> Option<()> {
+    /// Arms the containers of the invoking shim that have not begun. What cannot be read
+    /// belongs to a shim that has ended.
+    fn arm_containers_of(&self, caller: &Stat) -> Option<()> {
         let shim = Handle::open_exactly(caller.identity).ok()?;
         if !self.is_of_host(&shim) || shim.uid().ok()? != 0 {
             return None;
@@ -197,13 +198,13 @@ impl Arming {
                 if let Some(watched) = self.shared.table.get(&container) {
                     watched.set_unannounced(true);
                 }
-                // If it is not taken, the command to attach tells it once more.
+                // If the channel is full, the command to attach reports it once more.
                 let report = SensorEvent::Attached { container, pid, before_start };
                 let _ = self.shared.try_report(report);
                 self.shared.wake_scan();
             }
             Ok(Marked { is_news: false, .. }) => (),
-            // The command to attach meets it too, and tells.
+            // The command to attach is refused too, and reports it.
             Err(refusal) => {
                 tracing::debug!(%container, reason = %refusal, "not armed before its start");
             }
@@ -211,7 +212,7 @@ impl Arming {
     }
 }
 
-/// A shim, as its arguments say.
+/// A shim, by its arguments.
 #[derive(Debug, PartialEq, Eq)]
 struct Shim {
     namespace: String,
@@ -222,12 +223,13 @@ struct Shim {
 impl Shim {
     fn parse(arguments: &[Vec<u8>]) -> Option<Shim> {
         let after = |flag: &str| {
-            let is_flag = |word: &&Vec<u8>| {
-                word.strip_prefix(b"-")
-                    .is_some_and(|word| word.strip_prefix(b"-").unwrap_or(word) == flag.as_bytes())
+            let is_flag = |given: &&Vec<u8>| {
+                given.strip_prefix(b"-").is_some_and(|given| {
+                    given.strip_prefix(b"-").unwrap_or(given) == flag.as_bytes()
+                })
             };
-            let mut words = arguments.iter().skip_while(|word| !is_flag(word));
-            words.nth(1)
+            let mut from_flag = arguments.iter().skip_while(|given| !is_flag(given));
+            from_flag.nth(1)
         };
         let namespace = String::from_utf8(after("namespace")?.clone()).ok()?;
         let address = Path::new(std::ffi::OsStr::from_bytes(after("address")?)).to_owned();
@@ -235,15 +237,15 @@ impl Shim {
     }
 }
 
-/// What containerd takes as the name of a namespace or a container.
+/// Whether containerd accepts this as the name of a namespace or a container.
 fn is_identifier(name: &str) -> bool {
     name.len() <= 128
         && name.starts_with(|first: char| first.is_ascii_alphanumeric())
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
 }
 
-/// The init of a bundle, if it is the shim's child and waits for its start. The
-/// number in a file may be another process's by now.
+/// The init of a bundle, if it is the shim's child and waits for its start. The pid in the
+/// file may be another process's by now.
 fn waiting_init(bundles: &OwnedFd, id: &str, shim: u32) -> Option<u32> {
     let name = format!("{id}/init.pid");
     let (file, stat) = file::open_file_beneath(bundles, name.as_bytes()).ok()?;
@@ -262,12 +264,12 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(words: &str, expected: Option<(&str, &str)>) {
-        let words: Vec<Vec<u8>> =
-            words.split_whitespace().map(|word| word.as_bytes().to_vec()).collect();
-        let shim = Shim::parse(&words);
+    fn check(line: &str, expected: Option<(&str, &str)>) {
+        let arguments: Vec<Vec<u8>> =
+            line.split_whitespace().map(|argument| argument.as_bytes().to_vec()).collect();
+        let shim = Shim::parse(&arguments);
         let shim = shim.as_ref().map(|it| (it.namespace.as_str(), it.address.to_str().unwrap()));
-        assert_eq!(shim, expected, "{words:?}");
+        assert_eq!(shim, expected, "{line:?}");
     }
 
     #[test]
@@ -287,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn an_identifier_is_no_path() {
+    fn a_path_is_no_identifier() {
         for good in ["c001", "0f", "k8s.io", "a_b-c"] {
             assert!(is_identifier(good), "{good}");
         }

@@ -1,4 +1,9 @@
-//! Carries out commands. Marks first: until they are there, nothing is seen.
+//! The thread that executes the pipeline's commands: attach, detach, scan, compare, trust, and
+//! the rest.
+//!
+//! Commands come by a channel, marks are placed by `marker`, and scans are requested from
+//! `files`. A report for which the pipeline has no room is kept and sent later. This thread
+//! must not scan or hash anything: until marks are placed, nothing is seen of a container.
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,14 +31,14 @@ pub(crate) struct Control {
     pub(crate) marker: Arc<Marker>,
     pub(crate) commands: Receiver<SensorCommand>,
     pub(crate) orders: Sender<ScanRequest>,
-    /// What the pipeline had no room for. It asked for these, so there are never
-    /// more than it has asked for.
+    /// Reports for which the pipeline had no room. Each answers one of its commands, so there
+    /// are never more of them than commands.
     pub(crate) unsent: VecDeque<SensorEvent>,
 }
 
 impl Control {
     pub(crate) fn run(mut self) {
-        let mut last_look = Instant::now();
+        let mut last_check = Instant::now();
         while !self.shared.is_stopping() {
             self.send_unsent();
             match threads::recv_timeout(&self.commands, Duration::from_millis(250)) {
@@ -64,7 +69,12 @@ impl Control {
                     {
                         let input = input.unwrap_or_default();
                         let input = printable(input.as_os_str().as_bytes());
-                        tracing::warn!(%container, input, "who attaches is not seen: {err}");
+                        tracing::warn!(
+                            %container,
+                            input,
+                            "cannot watch the container's terminal, attach sessions will be \
+                             missed: {err}"
+                        );
                     }
                 }
                 Ok(SensorCommand::Judged { container, file, verdict }) => {
@@ -79,14 +89,14 @@ impl Control {
                 Err(RecvTimeoutError::Timeout) => (),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if last_look.elapsed() >= Duration::from_secs(10) {
-                last_look = Instant::now();
+            if last_check.elapsed() >= Duration::from_secs(10) {
+                last_check = Instant::now();
                 self.marker.forget_unannounced();
             }
         }
     }
 
-    /// From now on it is seen who comes to the terminal of its init.
+    /// From now on, clients that attach to the terminal of the container's init are seen.
     fn listen(
         &self,
         watched: &Arc<Watched>,
@@ -123,7 +133,8 @@ impl Control {
                 && !watched.is_unannounced()
         });
         if is_outdated {
-            // What containerd said last has come by a faster way: it runs anew already.
+            // A newer state of containerd has come by a faster way: the container runs anew
+            // already.
             return;
         }
         let marked = self.marker.mark(&container, pid, rootfs);
@@ -132,7 +143,7 @@ impl Control {
         }
         match marked {
             Ok(Marked { before_start, is_news }) => {
-                // Also when it is no news to us: it may be to who asks.
+                // Also if the marks were there before: the pipeline may not know that.
                 self.report(SensorEvent::Attached { container, pid, before_start });
                 if is_news {
                     self.shared.wake_scan();
@@ -153,8 +164,8 @@ impl Control {
         if self.shared.table.get(container).is_some_and(is_another) {
             return;
         }
-        // What has ended is the run before the one that was armed meanwhile; the
-        // command to attach to that one is still to come.
+        // Then an earlier run has ended. The run that was armed meanwhile goes on, and the
+        // command to attach to it is still to come.
         let is_outdated = self.shared.table.get(container).is_some_and(|watched| {
             watched.is_unannounced() && Handle::open_exactly(watched.init).is_ok()
         });

@@ -1,4 +1,8 @@
 //! Places and removes the marks of containers.
+//!
+//! Owns the order of these steps: the container is in the table before it is marked, and init
+//! is examined after that. `commands` and `arm` call it, one container at a time. It decides
+//! whether a container can be watched, and must not scan or report its files.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -26,12 +30,12 @@ use crate::watch::mounts::marking::Mounts;
 use crate::watch::mounts::marks::ExecMarks;
 use crate::watch::sessions::opening;
 
-/// Places a container's marks, for whoever comes first: the command to attach to
-/// it, or the runtime that is about to start it.
+/// Places a container's marks, for the first that needs them: the command to attach to it,
+/// or the runtime that is about to start it.
 pub(crate) struct Marker {
     pub(crate) shared: Arc<Files>,
     pub(crate) marks: ExecMarks,
-    /// If unchanged programs are asked about only once.
+    /// Set if the gate is asked about unchanged programs only once.
     pub(crate) free: Option<Arc<Free>>,
     pub(crate) feed: Arc<Group>,
     pub(crate) mounts: Arc<Mounts>,
@@ -40,16 +44,16 @@ pub(crate) struct Marker {
     pub(crate) turn: Mutex<()>,
 }
 
-/// How a container was found to be marked.
+/// The result of marking a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Marked {
     /// The marks were there before its entry point ran.
     pub(crate) before_start: bool,
-    /// They are there only now.
+    /// They were placed just now.
     pub(crate) is_news: bool,
 }
 
-/// Why a container cannot be watched. Its text is told to people.
+/// Why a container cannot be watched. Its text is a message to people.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
     #[error("its init process {pid} is gone")]
@@ -69,8 +73,8 @@ pub(crate) enum Refusal {
 }
 
 impl Marker {
-    /// Marks a container's overlay, unless it is marked, and says whether that was
-    /// before its entry point ran.
+    /// Marks a container's overlay, unless it is marked, and returns whether that was before
+    /// its entry point ran.
     pub(crate) fn mark(
         &self,
         container: &ContainerId,
@@ -81,7 +85,7 @@ impl Marker {
         let init = match Handle::open(pid) {
             Ok(init) => init,
             Err(source) => {
-                // Marked when its runtime was called, and over already.
+                // It was marked when its runtime was invoked, and has ended already.
                 return match self.shared.table.get(container) {
                     Some(watched) if watched.init.pid == pid => {
                         Ok(Marked { before_start: watched.is_armed_before_start(), is_news: false })
@@ -102,20 +106,20 @@ impl Marker {
         }
         let (watched, root) = watch(container, &init)?;
         let foreign = foreign_layer(&watched, &init, rootfs.as_ref())?;
-        // The container runs anew, and nobody has told us that it had ended.
+        // The container runs anew, and the end of its earlier run was not reported.
         self.detach(container);
-        // Known before it is marked, so that its first event finds it.
+        // It is in the table before it is marked, so that its first event finds it.
         self.shared.table.insert(&watched);
         let mut residence = if foreign.is_none() { self.admit(&watched, &init) } else { None };
         let place = residence.as_ref().map_or(Place::Plain, Residence::place);
-        // To open an executed file, the gate would wait for whoever answers for its layer.
-        // What was written lies in the upper layer.
+        // On a foreign layer, the gate would wait for the process or machine that serves the
+        // layer to open an executed file. Written files lie in the upper layer.
         let marked = match foreign {
             None => self.marks.mark_root(place, root.as_fd()),
             Some(_) => Ok(()),
         }
         .and_then(|()| self.feed.mark_filesystem(root.as_fd(), libc::FAN_CLOSE_WRITE));
-        // The marks do not keep the mount busy, but this would.
+        // The marks do not keep the mount busy, but this descriptor does.
         drop(root);
         if let Err(err) = marked {
             self.shared.table.remove(&watched);
@@ -128,8 +132,8 @@ impl Marker {
             self.degrade_foreign(&watched, &layer);
         }
         self.mounts.attach(&watched, &init);
-        // What init is now, after the marks: if it has not executed the entry
-        // point by now, the gate will see it do so.
+        // Init is examined after the marks were placed: if it has not executed the entry point
+        // by now, the gate will see that execution.
         let max_hash_bytes = self.shared.settings.max_hash_bytes;
         let before_start = opening::has_not_begun(&init, max_hash_bytes);
         watched.set_armed(before_start);
@@ -156,7 +160,8 @@ impl Marker {
         self.shared.degrade(Failure::ForeignLayers, Some(watched), &detail);
     }
 
-    /// Finds a container a place where its unchanged programs are asked about once.
+    /// Gives a container a residence, by which the gate is asked about each unchanged program
+    /// only once.
     pub(crate) fn admit(&self, watched: &Watched, init: &Handle) -> Option<Residence> {
         let free = self.free.as_ref()?;
         let mountinfo = init.mountinfo().ok()?;
@@ -166,15 +171,15 @@ impl Marker {
             Err(unfit) => {
                 tracing::info!(
                     container = tracing::field::display(&watched.container),
-                    "every program is asked about: {unfit}"
+                    "the gate is asked about every execution: {unfit}"
                 );
                 None
             }
         }
     }
 
-    /// Forgets containers that were armed, that have ended, and of which containerd
-    /// has told nothing.
+    /// Forgets containers that were armed and have ended, and that containerd has never
+    /// announced.
     pub(crate) fn forget_unannounced(&self) {
         for watched in self.shared.table.all() {
             if watched.is_unannounced() && Handle::open_exactly(watched.init).is_err() {
@@ -208,15 +213,16 @@ impl Marker {
     }
 }
 
-/// What is known of a container by its init, and its root, open, if it can be watched.
+/// The container, as its init shows it, and its opened root. An error if it cannot be watched.
 fn watch(container: &ContainerId, init: &Handle) -> Result<(Arc<Watched>, OwnedFd), Refusal> {
     let root = init.open_root().map_err(Refusal::NoRoot)?;
     let stat = file::stat(&root).map_err(Refusal::NoRoot)?;
-    // By the kernel's list: to ask the filesystem could mean to wait for a process.
+    // By the kernel's list of mounts: to query the filesystem could mean to wait for a
+    // process.
     if View::of([init]).mount(&stat).is_none_or(|mount| mount.kind != b"overlay") {
         return Err(Refusal::NotOverlay);
     }
-    // A gate on the host's root would ask us before our own programs run.
+    // A mark on the host's root would make driftd's own executions wait for driftd.
     if file::stat_path("/").is_ok_and(|host| host.device == stat.device) {
         return Err(Refusal::HostRoot);
     }
@@ -235,8 +241,9 @@ fn watch(container: &ContainerId, init: &Handle) -> Result<(Arc<Watched>, OwnedF
     Ok((watched, root))
 }
 
-/// A process can give itself any name. But a runtime's is of the host, or, if it has
-/// made itself a copy in memory, was started a moment ago.
+/// Whether init still runs the runtime's program. A process can give itself any name. But the
+/// runtime's program lies on the host, or, if it is a copy in memory, its process was started a
+/// moment ago.
 pub(crate) fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
     const MOMENT: Duration = Duration::from_secs(10);
     init.open_exe().and_then(file::stat).is_ok_and(|exe| {
@@ -244,14 +251,16 @@ pub(crate) fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
     })
 }
 
-/// What was known of the image's files counts no more: all are asked about again.
+/// Forgets which of the image's files are unchanged: the gate is asked about all of them
+/// again.
 pub(crate) fn forget(watched: &Watched) {
     if let Some(residence) = watched.residence() {
         residence.forget();
     }
 }
 
-/// Notes whether a container's layers lie where somebody else answers, and says which one.
+/// Notes whether one of a container's layers is served by another process or machine, and
+/// returns that layer.
 pub(crate) fn foreign_layer(
     watched: &Watched,
     init: &Handle,
@@ -261,8 +270,8 @@ pub(crate) fn foreign_layer(
     let named = overlay::directories_of(&mountinfo, watched.device);
     let upper = overlay::find_in_mountinfo(&mountinfo, watched.device);
     let upper = upper.map(|mount| mount.dirs.upperdir);
-    let told = rootfs.map(|dirs| dirs.lowerdirs.iter().chain([&dirs.upperdir]).cloned());
-    let all: Vec<PathBuf> = named.into_iter().chain(told.into_iter().flatten()).collect();
+    let announced = rootfs.map(|dirs| dirs.lowerdirs.iter().chain([&dirs.upperdir]).cloned());
+    let all: Vec<PathBuf> = named.into_iter().chain(announced.into_iter().flatten()).collect();
     let Some(foreign) = door::foreign_layer(&all) else { return Ok(None) };
     let uppers: Vec<PathBuf> =
         upper.into_iter().chain(rootfs.map(|dirs| dirs.upperdir.clone())).collect();
@@ -274,7 +283,7 @@ pub(crate) fn foreign_layer(
     Ok(Some(name(&foreign)))
 }
 
-/// Finds where the layers lie: as containerd says, or else as the kernel says.
+/// Finds where the layers lie: as containerd reports it, or else as the kernel does.
 pub(crate) fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<OverlayDirs>) {
     let mount = init
         .mountinfo()
@@ -283,16 +292,16 @@ pub(crate) fn find_layers(watched: &Watched, init: &Handle, rootfs: Option<Overl
     let userxattr = mount.as_ref().is_some_and(|mount| mount.userxattr);
     let redirects =
         mount.as_ref().map_or_else(overlay::redirects_by_default, |mount| mount.redirects);
-    let told = rootfs.map(|dirs| overlay::Mount {
+    let announced = rootfs.map(|dirs| overlay::Mount {
         dirs,
         userxattr,
         redirects,
         workdir: None,
         is_exported: false,
     });
-    let mut mounts: Vec<overlay::Mount> = [told, mount].into_iter().flatten().collect();
+    let mut mounts: Vec<overlay::Mount> = [announced, mount].into_iter().flatten().collect();
     if watched.has_foreign_layers() {
-        // Nobody looks there.
+        // The lower layers are not read then.
         mounts.iter_mut().for_each(|mount| mount.dirs.lowerdirs.clear());
     }
     if let Some(layers) = mounts.into_iter().find_map(Layers::new) {

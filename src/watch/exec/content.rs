@@ -1,7 +1,11 @@
-//! Executed files of the container's own layer, and those of the image's layers
-//! that may have been changed there: who runs them, and what they hold. Hashed
-//! by the descriptor that the kernel opened for the event, so that no rename can
-//! put another file in its place.
+//! Describes the processes of executions, hashes the files, and reports both. The files are
+//! those of the container's own layer, and those of the image's layers that may have been
+//! changed there.
+//!
+//! Each file is hashed by the descriptor that the kernel opened for the event, so that no
+//! rename can substitute another file. Three threads run here: `describe`, `content` and
+//! `large`. They take from `take`, hold executions in `unproven` until `trace` reads their
+//! record, and must not hash a file by its path while its container runs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +17,7 @@ use super::described::{Described, Executed, Progress};
 use super::execution::Execution;
 use super::shared::Exec;
 use super::take::Taken;
-use super::unproven::Question;
+use super::unproven::Request;
 use crate::health::Failure;
 use crate::model::{Fact, Filesystem, Format, Process, RootfsPath, Source};
 use crate::sys::{perf, priority, procfs};
@@ -32,13 +36,13 @@ use crate::watch::process::{deeds, membership, recorded, records};
 /// How long an execve may take, in clock ticks.
 const MOMENT: u64 = 25;
 
-/// How often those are looked for that are not recorded.
-const LOOK_FOR_UNPROVEN: Duration = Duration::from_millis(250);
+/// How often the executions without a record are checked.
+const CHECK_UNPROVEN: Duration = Duration::from_millis(250);
 
-/// Describes processes. A thread of its own, because a process may live for less
-/// time than the file before it takes to hash.
+/// Describes processes. It has a thread of its own, because a process may end while the file
+/// of an earlier one is hashed.
 pub(crate) fn describe(shared: &Exec, executions: &Receiver<Taken>, described: &Sender<Described>) {
-    // Without CAP_SYS_NICE it runs like the others, and is late more often.
+    // Without CAP_SYS_NICE this thread runs like the others, and is late more often.
     let _ = rustix::process::setpriority_process(None, -5);
     while let Some(execution) = shared.next_to_tell(executions) {
         let Some(execution) = describe_one(shared, execution, executions) else {
@@ -56,7 +60,7 @@ pub(crate) fn describe(shared: &Exec, executions: &Receiver<Taken>, described: &
 }
 
 fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option<Described> {
-    let Taken { execution, path, look, could_change, .. } = taken;
+    let Taken { execution, path, writer_check, could_change, .. } = taken;
     let Execution {
         watched, filesystem, file, stat, layer_file, is_movable, caller, at, more, ..
     } = execution;
@@ -71,7 +75,7 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
     let watched = actor.unwrap_or_else(|| holder.clone());
 
     let executing = {
-        // Held until the session is told, so that it is told before what it does.
+        // Held until the session is reported, so that the session precedes its activity.
         let mut sessions = shared.openings();
         sessions.open(shared, &caller, &watched, at, &|| others.len())
     };
@@ -79,14 +83,15 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
     let mut executing = executing.unwrap_or_else(|| {
         let executing = describe::after_exec(&caller, &watched, &|| !others.is_empty());
         let described = &executing.process;
-        let words = described.argv.clone().map(|argv| Words { exe: described.exe.clone(), argv });
-        membership::keep_words(shared, &watched, &caller, words);
+        let arguments =
+            described.argv.clone().map(|argv| Words { exe: described.exe.clone(), argv });
+        membership::keep_words(shared, &watched, &caller, arguments);
         executing
     });
     if let Some(stat) = &caller.stat {
         let mut packages = shared.packages();
         packages.executes(shared, &watched, stat);
-        // Its parents may have ended with it.
+        // By now its parents may have ended with it.
         if let Some(ancestors) = packages.ancestors_of(stat.identity)
             && ancestors.len() > executing.process.ancestors.len()
         {
@@ -97,7 +102,7 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
         executing.process.root = describe::root_by_name(path, executing.process.exe.as_deref());
     }
     match path {
-        // The common case, where directories can be moved at all.
+        // Where directories can be moved, this is the common case: the file is at its own path.
         Ok((path, _)) if is_movable && paths::is_where_the_image_has_it(&watched, &path, &stat) => {
             None
         }
@@ -114,7 +119,7 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
                 stat,
                 layer_file,
                 is_movable,
-                look,
+                writer_check,
                 could_change,
                 executing,
                 asked: caller.asked,
@@ -124,35 +129,34 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
             })
         }
         Err(why) => {
-            let detail = format!("the path of an executed file cannot be told: {why}");
+            let detail = format!("the path of an executed file cannot be determined: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
             None
         }
     }
 }
 
-/// Hashes what was executed, but for large files, which must not keep the others
-/// waiting.
+/// Hashes executed files and hands on the large ones, for which the others must not wait.
 pub(crate) fn hash(shared: &Exec, described: &Receiver<Described>, large: &Sender<Described>) {
-    let mut last_look = Instant::now();
+    let mut last_check = Instant::now();
     loop {
-        if last_look.elapsed() >= LOOK_FOR_UNPROVEN {
-            last_look = Instant::now();
-            look_for_unproven(shared);
+        if last_check.elapsed() >= CHECK_UNPROVEN {
+            last_check = Instant::now();
+            check_unproven(shared);
         }
-        let mut execution = match shared.next_within(described, LOOK_FOR_UNPROVEN) {
+        let mut execution = match shared.next_within(described, CHECK_UNPROVEN) {
             Next::Item(execution) => execution,
             Next::Nothing => continue,
             Next::End => return report_unproven(shared),
         };
-        let is_crowded = described.len() >= crowd::FEW;
+        let is_busy = described.len() >= crowd::FEW;
         loop {
             if execution.is_large(shared) {
                 hand_on_large(shared, execution, large);
                 break;
             }
-            if execution.read_on(shared, is_crowded) {
-                tell(shared, execution, is_crowded);
+            if execution.read_on(shared, is_busy) {
+                report_if_proven(shared, execution, is_busy);
                 break;
             }
         }
@@ -170,8 +174,8 @@ fn hand_on_large(shared: &Exec, execution: Described, large: &Sender<Described>)
     }
 }
 
-/// Hashes large files that were executed, when nobody else needs the processor: a
-/// slice of one, then a slice of another container's.
+/// Hashes large executed files, when no other thread needs the processor: a slice of one
+/// file, then a slice of another container's file.
 pub(crate) fn hash_large(shared: &Exec, large: &Receiver<Described>) {
     let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
     while let Some(mut execution) = shared.next_to_tell(large) {
@@ -186,7 +190,7 @@ pub(crate) fn hash_large(shared: &Exec, large: &Receiver<Described>) {
         };
         shared.spend(fair::processor_time().saturating_sub(used));
         if is_done {
-            tell(shared, execution, false);
+            report_if_proven(shared, execution, false);
             large.finish();
         } else {
             large.put_back(execution);
@@ -195,45 +199,46 @@ pub(crate) fn hash_large(shared: &Exec, large: &Receiver<Described>) {
     }
 }
 
-/// What the kernel records if the gate's question becomes an execution. `None` of another
-/// kind of file: its execve fails, and the shell that tried it reads the text itself.
-fn question(shared: &Exec, execution: &Described) -> Option<Question> {
+/// The gate's request, for which the kernel writes a record if it becomes an execution. `None`
+/// where no record is awaited. So for files that are neither ELF nor a script: their execve
+/// fails, and the shell that tried it reads the text itself.
+fn request(shared: &Exec, execution: &Described) -> Option<Request> {
     let Progress::Done(state, _) = &execution.progress else { return None };
-    // Of many that are counted, the others may be executions.
+    // With repeats: the others that were counted may be executions.
     if !matches!(state.format, Format::Elf | Format::Script) || execution.times > 1 {
         return None;
     }
     let process = execution.seen.as_ref()?.identity;
     let asked = execution.asked.filter(|_| shared.records_executions())?;
-    Some(Question { process, asked })
+    Some(Request { process, asked })
 }
 
-/// An execution that the kernel has recorded. One that it has not may be a mere check or
-/// an execve that failed, and waits.
+/// Returns an execution that the kernel has recorded. One without a record may be a mere
+/// check or an execve that failed: it waits in [`unproven`](super::unproven).
 fn proven(shared: &Exec, execution: Described) -> Option<Described> {
-    let Some(question) = question(shared, &execution) else { return Some(execution) };
+    let Some(request) = request(shared, &execution) else { return Some(execution) };
     let mut unproven = shared.unproven();
-    // After a stop no record is read that could prove it.
-    if unproven.is_proven(&question) || shared.is_stopping() {
+    // After a stop no more records are read that could prove it.
+    if unproven.is_proven(&request) || shared.is_stopping() {
         return Some(execution);
     }
     if let Executed::Held(held) = &execution.file {
-        // Open, it keeps its mount busy.
+        // An open file keeps its mount busy.
         drop(held.take());
     }
-    unproven.wait(question, execution).err()
+    unproven.wait(request, execution).err()
 }
 
-/// Reports what waits for records that are not read, and looks at the files of what is
-/// not recorded.
-fn look_for_unproven(shared: &Exec) {
+/// Reports executions whose records are not read in time, and has the files of those
+/// without a record checked.
+fn check_unproven(shared: &Exec) {
     let overdue = shared.unproven().overdue(perf::now());
     overdue.into_iter().for_each(|execution| report(shared, execution, false));
     let not_executed: Vec<_> = shared.unproven().not_executed().map(Described::place).collect();
-    not_executed.into_iter().for_each(|place| look_at_file(shared, place));
+    not_executed.into_iter().for_each(|place| check_file(shared, place));
 }
 
-/// Nothing is recorded any more.
+/// At the end no records are read any more: reports what waits for them.
 fn report_unproven(shared: &Exec) {
     let waiting = shared.unproven().forget_all(perf::now());
     for execution in waiting {
@@ -245,47 +250,48 @@ fn report_unproven(shared: &Exec) {
     }
 }
 
-/// Looks at the file of what was not executed: a walk finds those of an upper layer.
-pub(crate) fn look_at_file(shared: &Exec, place: Option<(Arc<Watched>, RootfsPath)>) {
+/// Has the file of an execve that did not execute checked, if it lies in an upper layer.
+pub(crate) fn check_file(shared: &Exec, place: Option<(Arc<Watched>, RootfsPath)>) {
     if let Some((watched, path)) = place {
         shared.mark_dirty(&watched, path, Source::Scan, None);
     }
 }
 
-/// Reports what was executed and what it holds.
-fn tell(shared: &Exec, execution: Described, is_crowded: bool) {
+/// Reports an execution and the content of its file, or lets it wait for its record.
+fn report_if_proven(shared: &Exec, execution: Described, is_busy: bool) {
     if let Some(execution) = proven(shared, execution) {
-        report(shared, execution, is_crowded);
+        report(shared, execution, is_busy);
     }
 }
 
-/// Adds what the kernel's records tell of a process, and by what name it was asked to
-/// execute the file.
+/// Adds what the kernel's records hold of a process. Returns also the name by which it
+/// executed the file.
 fn complete(
     shared: &Exec,
     mut process: Process,
     asked: Option<u64>,
-    is_crowded: bool,
+    is_busy: bool,
 ) -> (Process, Option<Box<[u8]>>) {
     if process.argv.is_none() {
-        // Here and not where it was described: those who wait there may be ending.
+        // Here and not where it was described: processes that wait there may be ending.
         let execve = (process.identity.pid, asked);
-        process.argv = recorded::recorded_arguments(shared, execve, &|| is_crowded);
+        process.argv = recorded::recorded_arguments(shared, execve, &|| is_busy);
     }
     if process.exe.is_none() {
-        // It has ended, or it reads a text without `#!` itself: then it is what it was.
+        // It has ended, or it reads a text without `#!` itself: then its program is still
+        // the one before.
         let pid = process.identity.pid;
         let read_at = asked.map_or_else(procfs::ticks_since_boot, records::ticks_of);
-        // Its execve is over within a moment, and later its number may be another's.
+        // Its execve is over within a moment, and later another process may have its pid.
         let named = Named { pid, read_at: read_at.saturating_add(MOMENT) };
         process = shared.complete(named, process);
     }
     let execve = (process.identity.pid, asked);
-    let exec_name = recorded::recorded_name(shared, execve, &|| is_crowded);
+    let exec_name = recorded::recorded_name(shared, execve, &|| is_busy);
     (process, exec_name)
 }
 
-fn report(shared: &Exec, execution: Described, is_crowded: bool) {
+fn report(shared: &Exec, execution: Described, is_busy: bool) {
     let Described {
         mut watched,
         holder,
@@ -296,7 +302,7 @@ fn report(shared: &Exec, execution: Described, is_crowded: bool) {
         stat,
         layer_file,
         is_movable,
-        look,
+        writer_check,
         could_change,
         executing,
         asked,
@@ -306,11 +312,11 @@ fn report(shared: &Exec, execution: Described, is_crowded: bool) {
     } = execution;
     drop(file);
     let Progress::Done(mut state, lower) = progress else { return };
-    state.could_change |= could_change.unwrap_or(look.had_writer());
+    state.could_change |= could_change.unwrap_or(writer_check.had_writer());
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let Executing { process } = executing;
-    let (process, exec_name) = complete(shared, process, asked, is_crowded);
-    // By now the record of its birth has been read.
+    let (process, exec_name) = complete(shared, process, asked, is_busy);
+    // By now the record of the process's birth has been read.
     if filesystem != Filesystem::Overlay
         && Arc::ptr_eq(&holder, &watched)
         && let Some(other) = seen.and_then(|seen| deeds::other_than(shared, &holder, &seen))
@@ -318,13 +324,14 @@ fn report(shared: &Exec, execution: Described, is_crowded: bool) {
         watched = other;
     }
     let is_deleted = state.deleted;
-    // The gate looked before it ran. It may also just have lost its name.
+    // The gate read the links before the file ran. A file with a name may also just have
+    // lost it.
     let is_nameless = layer_file.is_none() && stat.links == 0 && paths::has_a_number(&path);
     let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
     let path = paths::path(path.as_bytes(), is_nameless).unwrap_or(path);
-    // What is said of a file that was moved holds for its new path only.
+    // For a file that was moved, the state holds for its new path only.
     if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
-        // First, so that its judgement finds it.
+        // First, so that the verdict on the file finds it.
         watched.layer_files_mut().tell(layer_file, state.clone(), at);
     }
     let writer = match filesystem {
@@ -344,21 +351,21 @@ fn report(shared: &Exec, execution: Described, is_crowded: bool) {
         writer,
     };
     let file_of = (!Arc::ptr_eq(&holder, &watched)).then(|| holder.container.clone());
-    let is_told = shared.observe_file_of(&watched, file_of, at, Source::Gate, fact);
+    let is_reported = shared.observe_file_of(&watched, file_of, at, Source::Gate, fact);
     if let Some(layer_file) = layer_file {
-        if !is_told {
+        if !is_reported {
             watched.layer_files_mut().judge(&layer_file, Verdict::Lost);
         }
-        // It is not in the upper layer: no walk would find it.
+        // A file of the image is not in the upper layer: no walk would find it.
         return;
     }
     if !is_on_overlay {
-        // No walk goes there.
+        // Walks cover only the overlay.
         return;
     }
 
-    // The overlay's marks do not see renames, removals and chmod; where drift is
-    // executed, they are looked for soon.
+    // The overlay's marks do not see renames, removals and chmod; where drift is executed,
+    // a scan finds them soon.
     if !is_deleted {
         shared.mark_dirty(&watched, path, Source::Scan, None);
     }

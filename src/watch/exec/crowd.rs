@@ -1,6 +1,8 @@
-//! Executions of one file that wait to be looked at. Where many wait, more of the
-//! same are only counted, so that a storm of one program takes no room from the
-//! execution of another.
+//! Repeats: executions of one file by one parent, while many executions wait.
+//!
+//! The first of them waits in the queue, and the others are only counted with it. So a storm
+//! of one program takes no room from the execution of another. Owns the counts alone: the
+//! `gate` thread adds to them, and `content` takes them when it describes the first one.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,13 +11,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::model::FileTime;
 use crate::sys::file::Stat;
 
-/// So many are looked at one by one, each with its arguments.
+/// So many are examined one by one, each with its arguments.
 pub(crate) const FEW: usize = 64;
-/// Files that are known to wait.
+/// How many files are remembered as waiting.
 const MOST: usize = 1024;
 
-/// What makes executions alike: the file as it is, and who executes it. A parent
-/// of its own keeps apart whoever comes from outside.
+/// What makes executions alike: the file in its present state, and the parent of the process
+/// that executes it. A process that comes from outside has another parent, and so stays apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Alike {
     device: u64,
@@ -24,11 +26,11 @@ struct Alike {
     parent: u32,
 }
 
-/// How many executions were like the one that waits.
+/// Counts the executions that are like the one that waits.
 #[derive(Debug, Default)]
 pub(crate) struct More(AtomicU64);
 
-/// The one that waited is being looked at: what comes now waits by itself.
+/// The execution that waited is being examined: one that comes now waits by itself.
 const TAKEN: u64 = u64::MAX;
 
 impl More {
@@ -37,7 +39,7 @@ impl More {
         self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
     }
 
-    /// Ends the counting.
+    /// Ends the counting and returns the count.
     pub(crate) fn take(&self) -> u64 {
         match self.0.swap(TAKEN, Ordering::AcqRel) {
             TAKEN => 0,
@@ -46,15 +48,15 @@ impl More {
     }
 }
 
-/// One thread's memory of what it has handed on.
+/// One thread's memory of the executions that it has handed on.
 #[derive(Debug, Default)]
-pub(crate) struct Crowd {
+pub(crate) struct Repeats {
     waiting: HashMap<Alike, Arc<More>>,
 }
 
-impl Crowd {
-    /// Counts an execution with one like it that waits: then `None`. Otherwise it is
-    /// to wait itself, with this.
+impl Repeats {
+    /// Counts an execution with one like it that waits, and returns `None`. Without such a
+    /// one, returns the count with which this execution is to wait itself.
     pub(crate) fn join(&mut self, stat: &Stat, parent: u32) -> Option<Arc<More>> {
         let Stat { device, inode, changed, .. } = *stat;
         let alike = Alike { device, inode, changed, parent };
@@ -76,16 +78,16 @@ mod tests {
     use crate::sys::file;
 
     #[test]
-    fn a_storm_waits_once_and_none_of_it_is_lost() {
+    fn a_storm_waits_as_one_execution_and_loses_none() {
         let stat = file::stat_path("/proc/self/exe").unwrap();
-        let mut crowd = Crowd::default();
-        let first = crowd.join(&stat, 7).unwrap();
-        assert!(crowd.join(&stat, 7).is_none());
-        assert!(crowd.join(&stat, 7).is_none());
+        let mut repeats = Repeats::default();
+        let first = repeats.join(&stat, 7).unwrap();
+        assert!(repeats.join(&stat, 7).is_none());
+        assert!(repeats.join(&stat, 7).is_none());
         assert_eq!(first.take(), 2);
-        // What comes after it was looked at is told by itself.
-        let second = crowd.join(&stat, 7).unwrap();
-        assert!(crowd.join(&stat, 7).is_none());
+        // An execution that comes after the first was examined is reported by itself.
+        let second = repeats.join(&stat, 7).unwrap();
+        assert!(repeats.join(&stat, 7).is_none());
         assert_eq!((first.take(), second.take()), (0, 1));
     }
 
@@ -93,14 +95,14 @@ mod tests {
     fn another_file_or_parent_waits_by_itself() {
         let stat = file::stat_path("/proc/self/exe").unwrap();
         let changed = FileTime { nanoseconds: stat.changed.nanoseconds ^ 1, ..stat.changed };
-        let mut crowd = Crowd::default();
-        assert!(crowd.join(&stat, 7).is_some());
-        assert!(crowd.join(&stat, 8).is_some());
-        assert!(crowd.join(&Stat { changed, ..stat }, 7).is_some());
-        assert!(crowd.join(&Stat { inode: stat.inode ^ 1, ..stat }, 7).is_some());
+        let mut repeats = Repeats::default();
+        assert!(repeats.join(&stat, 7).is_some());
+        assert!(repeats.join(&stat, 8).is_some());
+        assert!(repeats.join(&Stat { changed, ..stat }, 7).is_some());
+        assert!(repeats.join(&Stat { inode: stat.inode ^ 1, ..stat }, 7).is_some());
         for inode in 0..2 * MOST as u64 {
-            assert!(crowd.join(&Stat { inode, device: 0, ..stat }, 7).is_some());
+            assert!(repeats.join(&Stat { inode, device: 0, ..stat }, 7).is_some());
         }
-        assert!(crowd.waiting.len() <= MOST);
+        assert!(repeats.waiting.len() <= MOST);
     }
 }

@@ -1,11 +1,15 @@
-//! An execution whose process has been described and whose file is being hashed.
+//! An execution whose process has been described and whose file is being hashed, step by step.
+//!
+//! Owns the progress of the reading: of the executed file, then of the image's file at its
+//! path. It must not report anything or choose which execution is read next: `content` does
+//! both.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::writable::Look;
+use super::writable::WriterCheck;
 use crate::model::{
     ContainerId, Content, FileState, Filesystem, LayerFile, LowerTwin, RootfsPath, Unhashed,
 };
@@ -19,13 +23,12 @@ use crate::watch::files::shared::Files;
 use crate::watch::files::state::{self, Begun, Reading, Which};
 use crate::watch::process::describe::Executing;
 
-/// An execution whose process has been described, and whose file is still to be
-/// hashed.
+/// All that is known of one execution until it is reported.
 // Long: all that one report needs, gathered by several threads one after another.
 #[derive(Debug)]
 pub(crate) struct Described {
     pub(crate) watched: Arc<Watched>,
-    /// The container on whose mount the file lies; a process of another one may have
+    /// The container on whose mount the file lies. A process of another container may have
     /// entered its namespaces.
     pub(crate) holder: Arc<Watched>,
     /// The process, as the gate saw it.
@@ -36,7 +39,7 @@ pub(crate) struct Described {
     pub(crate) stat: Stat,
     pub(crate) layer_file: Option<LayerFile>,
     pub(crate) is_movable: bool,
-    pub(crate) look: Look,
+    pub(crate) writer_check: WriterCheck,
     pub(crate) could_change: Option<bool>,
     pub(crate) executing: Executing,
     /// When the gate was asked, by the clock of the kernel's records.
@@ -50,7 +53,7 @@ pub(crate) struct Described {
 #[derive(Debug)]
 pub(crate) enum Executed {
     Held(Held),
-    /// Found again where the host keeps it, because its container has ended.
+    /// Its container has ended: opened in the upper layer, where the host keeps it.
     Upper(OwnedFd, Stat),
 }
 
@@ -74,13 +77,13 @@ impl Owned for Described {
 pub(crate) const LARGE: u64 = 16 << 20;
 
 impl Described {
-    /// Where a walk finds its file.
+    /// The place where a walk of the upper layer finds its file.
     pub(crate) fn place(&self) -> Option<(Arc<Watched>, RootfsPath)> {
         let is_on_overlay = self.filesystem == Filesystem::Overlay;
         is_on_overlay.then(|| (self.watched.clone(), self.path.clone()))
     }
 
-    /// Whether what is read next is large. What is above the limit is not read at all.
+    /// Whether the file that is read next is large. A file above the limit is not read at all.
     pub(crate) fn is_large(&self, shared: &Files) -> bool {
         let size = match &self.progress {
             Progress::Waiting | Progress::Reading(_) => self.stat.size,
@@ -90,10 +93,10 @@ impl Described {
         (LARGE..=shared.settings.max_hash_bytes).contains(&size)
     }
 
-    /// Reads a little more; whether all has been read.
-    pub(crate) fn read_on(&mut self, shared: &Files, is_crowded: bool) -> bool {
+    /// Reads one step further. Returns true when everything has been read.
+    pub(crate) fn read_on(&mut self, shared: &Files, is_busy: bool) -> bool {
         self.progress = match std::mem::replace(&mut self.progress, Progress::Waiting) {
-            Progress::Waiting => self.begin(shared, is_crowded),
+            Progress::Waiting => self.begin(shared, is_busy),
             Progress::Reading(reading) => self.read_own(shared, reading),
             Progress::Twin(state, mut twin) => match twin.step(&shared.lower_twins, state::SLICE) {
                 Some(lower) => Progress::Done(state, lower),
@@ -105,12 +108,12 @@ impl Described {
         matches!(self.progress, Progress::Done(..))
     }
 
-    pub(crate) fn begin(&mut self, shared: &Files, is_crowded: bool) -> Progress {
-        // The guard is gone before the file is read.
+    pub(crate) fn begin(&mut self, shared: &Files, is_busy: bool) -> Progress {
+        // The lock is released before the file is read.
         let known = self.layer_file.and_then(|file| self.watched.layer_files().known(&file));
-        // In a storm of one program every other would wait for its hashes.
+        // Else, in a storm of one program, all others would wait while it is hashed again.
         let known =
-            known.or_else(|| is_crowded.then(|| shared.hashed.of_executed(&self.stat)).flatten());
+            known.or_else(|| is_busy.then(|| shared.hashed.of_executed(&self.stat)).flatten());
         if let Some(state) = known {
             return self.begin_twin(shared, state);
         }
@@ -157,7 +160,7 @@ impl Described {
                     }
                     state
                 }
-                // Only what has not been begun is copied.
+                // A file is copied only before its reading begins.
                 Left::Name(_) | Left::Copy(_) => return self.find_in_upperdir(shared),
             },
             Executed::Upper(fd, _) => reading.step(fd.as_fd(), state::SLICE),
@@ -173,20 +176,22 @@ impl Described {
         if self.could_change.is_none()
             && let Ok(now) = file::stat(fd)
         {
-            let Described { look, watched, path, stat, .. } = self;
-            self.could_change = Some(look.could_change(shared, watched, path, stat, &now));
+            let Described { writer_check, watched, path, stat, .. } = self;
+            self.could_change = Some(writer_check.could_change(shared, watched, path, stat, &now));
         }
         self.remember(shared, state);
     }
 
-    /// What may have been changed back meanwhile is read anew each time.
+    /// Remembers the state, unless the file may have been changed back meanwhile: such a file
+    /// is read anew each time.
     pub(crate) fn remember(&self, shared: &Files, state: &FileState) {
         if self.could_change == Some(false) {
             shared.hashed.remember_executed(&self.stat, state);
         }
     }
 
-    /// The file is not open any more, because its container has ended.
+    /// Continues with the file in the upper layer: the descriptor was closed when the
+    /// container ended.
     pub(crate) fn find_in_upperdir(&mut self, shared: &Files) -> Progress {
         let is_own = self.filesystem == Filesystem::Overlay && self.layer_file.is_none();
         match is_own.then(|| in_upperdir(&self.watched, &self.path, &self.stat)).flatten() {
@@ -203,7 +208,7 @@ impl Described {
     }
 
     pub(crate) fn begin_twin(&self, shared: &Files, state: FileState) -> Progress {
-        // It would be its own twin, or no image has anything there.
+        // A file of the image would be its own twin, and images have no files elsewhere.
         if self.filesystem != Filesystem::Overlay || self.layer_file.is_some() {
             return Progress::Done(state, None);
         }
@@ -216,8 +221,8 @@ impl Described {
     }
 }
 
-/// A file that is not open any more, because its container has ended: found again
-/// where the host keeps it, and known by its times.
+/// Opens an executed file of an ended container again, in the upper layer where the host
+/// keeps it. Its times and size show that it is the same file.
 pub(crate) fn in_upperdir(
     watched: &Watched,
     path: &RootfsPath,

@@ -1,18 +1,21 @@
-//! What there is to judge a recorded execution by. Nothing is asked here.
+//! The judgement of a recorded execution, by the evidence that was gathered for it.
+//!
+//! Pure: it opens nothing and reads no state. `examine` gathers the evidence and acts on the
+//! judgement.
 
 use crate::model::Filesystem;
 use crate::sys::file;
 use crate::sys::perf::Mapped;
 
-/// What was executed, and whether anybody need be told.
+/// Whether an execution is to be reported, and where its file lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Judged {
-    /// By the gate, or it is no program of a container.
+    /// The gate reports it, or it is no program of a container.
     Known,
     Unseen(Filesystem),
 }
 
-/// What there is to judge an execution by.
+/// The evidence for one execution.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Evidence<'a> {
     pub(crate) mapped: Option<&'a Mapped>,
@@ -20,13 +23,14 @@ pub(crate) struct Evidence<'a> {
     /// `None` if the process is gone, or runs something else by now.
     pub(crate) exe: Option<Exe>,
     pub(crate) memfd_device: Option<u64>,
-    /// The kernel may tell the device below an overlay's, and this is one that the
-    /// container's layers are on.
+    /// The kernel may report the device of the file below an overlay, and the container's
+    /// layers are on this device.
     pub(crate) is_mapped_below: bool,
-    /// Who made the process is in no container: if it is gone, it may have been on its
-    /// way into one.
+    /// The parent of the process is in no container. A process that is gone may then have
+    /// been on its way into one.
     pub(crate) is_parent_outside: bool,
-    /// What is mounted with this device where the process lives or lived.
+    /// The kind of filesystem that is mounted with this device where the process lives or
+    /// lived.
     pub(crate) mounted: Option<Filesystem>,
 }
 
@@ -36,13 +40,12 @@ pub(crate) struct Exe {
     pub(crate) links: u32,
     pub(crate) is_marked: bool,
     pub(crate) is_on_tmpfs: bool,
-    /// The process sees what the host sees: it is on its way into the container.
+    /// The process sees the host's files: it is on its way into the container.
     pub(crate) is_host: bool,
 }
 
-/// The name that the kernel gives what memfd_create(2) makes. A container can give
-/// a file such a name too, but not where the kernel shows the root directory's
-/// entries, unless it says the same of itself: that it is deleted.
+/// Whether the kernel has given this name to a file of memfd_create(2). A container can give a
+/// file in its root directory such a name too, but only one that claims to be deleted.
 pub(crate) fn is_memfd_name(name: &[u8]) -> bool {
     name.starts_with(b"/memfd:") && name.ends_with(file::DELETED)
 }
@@ -57,7 +60,8 @@ pub(crate) fn judge(evidence: &Evidence<'_>) -> Judged {
         return if exe.is_marked {
             Judged::Known
         } else if is_memfd(Some(exe.device)) || is_memfd_name(name) {
-            // Also on its way into the container: whose it is, its content tells.
+            // Also on the way into the container: its content shows whether it is the
+            // runtime's.
             Judged::Unseen(Filesystem::Anonymous)
         } else if exe.is_host {
             Judged::Known
@@ -70,7 +74,7 @@ pub(crate) fn judge(evidence: &Evidence<'_>) -> Judged {
         };
     }
     match evidence.mapped {
-        // Nothing is known of it but that it was.
+        // Nothing is known of it but that it was executed.
         None => Judged::Known,
         Some(mapped) if is_memfd(Some(mapped.device)) || is_memfd_name(name) => {
             Judged::Unseen(Filesystem::Anonymous)
@@ -81,16 +85,16 @@ pub(crate) fn judge(evidence: &Evidence<'_>) -> Judged {
     }
 }
 
-/// What is mounted with this device.
+/// The kind of filesystem that is mounted with this device.
 pub(crate) fn mounted(mountinfo: &[u8], device: u64) -> Option<Filesystem> {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let device = format!("{major}:{minor}").into_bytes();
     mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
-        let mut words = line.split(|&byte| byte == b' ');
-        if words.nth(2)? != device {
+        let mut fields = line.split(|&byte| byte == b' ');
+        if fields.nth(2)? != device {
             return None;
         }
-        let kind = words.skip_while(|word| *word != b"-").nth(1)?;
+        let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
         Some(match kind {
             b"tmpfs" | b"ramfs" => Filesystem::Tmpfs,
             _ => Filesystem::Volume,
@@ -131,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gate_has_told_of_what_is_marked() {
+    fn the_gate_reports_what_is_marked() {
         let program = mapped(40, "/bin/x");
         check(Evidence { is_mapped_marked: true, ..evidence(&program) }, None);
         // A mount of the host's directory that carries a mark of its own.
@@ -145,13 +149,13 @@ mod tests {
         let anonymous = Some(Filesystem::Anonymous);
         check(evidence(&program), anonymous);
         check(Evidence { exe: Some(exe(MEMFD)), ..evidence(&program) }, anonymous);
-        // Whether it is the runtime's, its content tells and not its name.
+        // Its content decides whether it is the runtime's, and not its name.
         let host = Exe { is_host: true, ..exe(MEMFD) };
         check(Evidence { exe: Some(host), ..evidence(&program) }, anonymous);
         check(Evidence { is_parent_outside: true, ..evidence(&program) }, anonymous);
-        // One of huge pages is on another device.
+        // A memfd with huge pages is on another device.
         check(evidence(&mapped(12, "/memfd:a (deleted)")), anonymous);
-        // A record that was lost.
+        // The record of its mapping was lost.
         let unmapped = Evidence { mapped: None, exe: Some(exe(MEMFD)), ..evidence(&program) };
         check(unmapped, anonymous);
     }
@@ -164,13 +168,13 @@ mod tests {
         check(Evidence { exe: Some(gone), ..evidence(&nameless) }, Some(Filesystem::Anonymous));
         let named = mapped(40, "/vol/x");
         check(Evidence { exe: Some(gone), ..evidence(&named) }, Some(Filesystem::Volume));
-        // Only its name says so.
+        // Only its name claims that it was deleted.
         let lying = Evidence { exe: Some(exe(40)), ..evidence(&nameless) };
         check(lying, Some(Filesystem::Volume));
     }
 
     #[test]
-    fn other_filesystems_are_told_by_what_they_are() {
+    fn other_filesystems_are_reported_as_what_they_are() {
         let program = mapped(40, "/mnt/x");
         let memory = Exe { is_on_tmpfs: true, ..exe(40) };
         check(Evidence { exe: Some(memory), ..evidence(&program) }, Some(Filesystem::Tmpfs));
@@ -181,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_on_the_way_into_a_container_runs_the_hosts_programs() {
+    fn a_process_on_its_way_into_a_container_runs_programs_of_the_host() {
         let runtime = mapped(40, "/usr/sbin/runc");
         let host = Exe { is_host: true, ..exe(40) };
         check(Evidence { exe: Some(host), ..evidence(&runtime) }, None);
@@ -194,9 +198,9 @@ mod tests {
         let overlays = Exe { is_marked: true, ..exe(50) };
         let old = Evidence { is_mapped_below: true, ..evidence(&below) };
         check(Evidence { exe: Some(overlays), ..old }, None);
-        // Gone: on that filesystem it was the overlay's.
+        // The process is gone: on that filesystem the file was the overlay's.
         check(old, None);
-        // Alive, it can be told from a volume that is on the same filesystem.
+        // While the process lives, a volume on the same filesystem can be distinguished.
         check(Evidence { exe: Some(exe(40)), ..old }, Some(Filesystem::Volume));
     }
 

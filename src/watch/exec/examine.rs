@@ -1,7 +1,8 @@
-//! The file of a recorded execution, where the gate may not have seen it: opened while its
-//! process lives, and judged by the evidence.
+//! Opens the file of a recorded execution that the gate may not have seen, while its process
+//! lives, and gathers the evidence about it.
 //!
-//! The trace calls it for each execve and hands on what it finds.
+//! `trace` calls it for each such execve and hands on what it finds; `evidence` judges. It
+//! borrows what is known of processes and must not change it, and it must not hash files.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
@@ -24,7 +25,7 @@ use crate::watch::files::paths;
 use crate::watch::process::roots::Maker;
 use crate::watch::process::{deeds, records};
 
-/// How far it is followed who made whom.
+/// How many generations of parents are followed.
 const MAX_MAKERS: usize = 16;
 
 /// Examines what the gate may not have seen, with what is known of processes.
@@ -32,42 +33,43 @@ pub(crate) struct Examiner<'a> {
     pub(crate) shared: &'a Exec,
     pub(crate) processes: &'a HashMap<u32, Known>,
     pub(crate) memfd_device: Option<u64>,
-    /// What the host's root is on.
+    /// The device of the host's root.
     pub(crate) host_device: Option<u64>,
-    /// The kernel tells an overlay's own device of what is mapped from it. Before
-    /// 6.18 it may tell that of the file below.
-    pub(crate) tells_overlays: bool,
+    /// For a file mapped from an overlay the kernel reports the overlay's own device. Before
+    /// 6.18 it may report the device of the file below.
+    pub(crate) reports_overlays: bool,
 }
 
 impl Examiner<'_> {
-    /// Looks at an entry point whose execve had opened its file when the marks came. The
-    /// gate was not asked about that file then, and a look at init does not show it.
-    pub(crate) fn look_at_entry(&self, execution: &Execution<'_>) -> Option<Vec<Unseen>> {
+    /// Examines an entry point whose execve had opened its file before the marks were placed.
+    /// The gate was not asked about that file then, and init does not show it.
+    pub(crate) fn examine_entry(&self, execution: &Execution<'_>) -> Option<Vec<Unseen>> {
         let Execution { watched, executed, program, asked, .. } = execution;
         let name = &executed.file_name;
         let is_script = program.as_ref().is_some_and(|program| program.name != *name);
-        let script = || is_script.then(|| self.look_at_name(execution, name)).flatten();
+        let script = || is_script.then(|| self.examine_name(execution, name)).flatten();
         self.shared.wait_until(|| !watched.is_being_armed());
         // The process does not wait for an answer here: the gate's event may come later.
         if self.shared.settings.gate == config::Gate::Notify {
             self.shared.wait_until(|| watched.init_was_asked_about());
         }
         if watched.init_was_asked_about() {
-            // About the interpreter alone: the script had been opened.
+            // If only about the interpreter, the script had been opened before.
             return (asked.len() == 1).then(script).flatten().map(|script| vec![script]);
         }
         if !watched.take_armed_before_start() {
-            // It is known, and what runs there was looked at.
+            // The late start is known, and the running programs were examined.
             return None;
         }
         self.shared.armed_late(watched);
-        Some(self.look_at_unread(execution).into_iter().chain(script()).collect())
+        Some(self.examine_unread(execution).into_iter().chain(script()).collect())
     }
 
-    /// Whether a process that a runtime has not put into the container sees its root, by
-    /// setns(2) or chroot(2): it was asked to execute, by a name of its own, one of the
-    /// container's programs, and the kernel names that as the container does. The host
-    /// names it by a directory of its own, below /proc, or by a descriptor.
+    /// Whether a process that no runtime has put into the container sees the container's root,
+    /// by setns(2) or chroot(2). It does if it executed one of the container's programs by an
+    /// absolute path, and the kernel names the program as the container does. A process that
+    /// sees the host's root names such a program by a directory of the host, by a path below
+    /// /proc, or by a descriptor.
     pub(crate) fn sees_root(
         &self,
         executed: &Executed,
@@ -89,7 +91,7 @@ impl Examiner<'_> {
             })
     }
 
-    /// Who made a process, who made that one, and so on, as far as it is recorded.
+    /// The parent of a process, the parent's parent, and so on, as far as recorded.
     pub(crate) fn makers(&self, pid: u32) -> Arc<[Maker]> {
         let parent = |pid: u32| self.processes.get(&pid)?.parent;
         let pids = std::iter::successors(parent(pid), |pid| parent(*pid));
@@ -100,7 +102,7 @@ impl Examiner<'_> {
         pids.take(MAX_MAKERS).map(maker).collect()
     }
 
-    /// Where no mapping is recorded: the container in whose root the program lies.
+    /// The container in whose root the program lies, where no mapping was recorded.
     pub(crate) fn owner_of_running(
         &self,
         executed: &Executed,
@@ -113,8 +115,8 @@ impl Examiner<'_> {
         self.shared.table.owner(&file::stat(exe).ok()?)
     }
 
-    /// Looks at a program in another container's root.
-    pub(crate) fn look_at_anothers(
+    /// Examines a program in another container's root.
+    pub(crate) fn examine_in_other_root(
         &self,
         execution: &Execution<'_>,
         owner: &Watched,
@@ -131,9 +133,9 @@ impl Examiner<'_> {
         Some(execution.unseen(Filesystem::Container, name, file, handle, false))
     }
 
-    /// Looks at a program of a root whose layers are not read, by what the upper layer has
-    /// at its path.
-    pub(crate) fn look_at_unread(&self, execution: &Execution<'_>) -> Option<Unseen> {
+    /// Examines a program of a root whose layers are not read, by the file that the upper
+    /// layer has at its path.
+    pub(crate) fn examine_unread(&self, execution: &Execution<'_>) -> Option<Unseen> {
         let Execution { watched, executed, program, .. } = execution;
         if !self.shared.settings.looks_at(Filesystem::Overlay) {
             return None;
@@ -156,7 +158,8 @@ impl Examiner<'_> {
         let path = paths::path(&name, name.ends_with(file::DELETED)).ok()?;
         let file = match inspect::upper(watched, &path) {
             Upper::File { fd, stat } => (Held { fd, stat }, Some(Local::by_layers())),
-            // It has no name any more, and what was made in the upper layer has its times.
+            // The file has no name any more. Its times show whether it was made in the upper
+            // layer.
             Upper::Hidden | Upper::Absent | Upper::Unknown => {
                 let exe = exe.filter(|exe| exe.stat.links == 0)?;
                 if watched.standing(&exe.stat) != Standing::Own {
@@ -170,9 +173,9 @@ impl Examiner<'_> {
         Some(execution.unseen(Filesystem::Overlay, name, Some(file), handle, is_parent_outside))
     }
 
-    /// Looks at what the kernel was asked to execute, if that is a script: what was mapped
-    /// is its interpreter then. A program can have several names.
-    fn look_at_name(&self, execution: &Execution<'_>, name: &[u8]) -> Option<Unseen> {
+    /// Examines the file that was named to execve, if it is a script: the mapped file is its
+    /// interpreter then. For a program the name proves nothing, because it can have several.
+    fn examine_name(&self, execution: &Execution<'_>, name: &[u8]) -> Option<Unseen> {
         let path = paths::path(name, false).ok()?;
         let Upper::File { fd, stat } = inspect::upper(&execution.watched, &path) else {
             return None;
@@ -189,9 +192,9 @@ impl Examiner<'_> {
         Some(Unseen { is_script: true, ..found })
     }
 
-    /// Whether the gate tells of what is executed from there, although it was not asked
-    /// before: where nobody is to wait, it is told at the same time as we are.
-    pub(crate) fn will_be_told(
+    /// Whether the gate will report an execution from there that it has not reported yet: with
+    /// `watch.gate = "notify"` no process waits, and its event may come after the record.
+    pub(crate) fn gate_will_report(
         &self,
         device: u64,
         mount: Option<u64>,
@@ -201,8 +204,8 @@ impl Examiner<'_> {
             && self.shared.table.was_marked(device, mount, executed.time)
     }
 
-    /// Looks at a program that the gate may not have seen.
-    pub(crate) fn look_at(&self, execution: &Execution<'_>) -> Option<Unseen> {
+    /// Examines a program that the gate may not have seen.
+    pub(crate) fn examine(&self, execution: &Execution<'_>) -> Option<Unseen> {
         let Execution { watched, executed, program, was_resident, .. } = execution;
         let was_resident = *was_resident;
         let program = program.as_deref();
@@ -217,17 +220,17 @@ impl Examiner<'_> {
                 || handle.has_host_root()
         });
         let is_behind = |stat: &Stat| self.is_behind(handle.as_ref(), stat);
-        // Below an overlay, or another one by now: then it must not be taken for what
-        // was executed.
+        // Otherwise the mapped file lies below an overlay, or the process runs another program
+        // by now, which must not be mistaken for the executed one.
         let is_same = |stat: &Stat| {
             program.is_none_or(|mapped| (mapped.device, mapped.inode) == (stat.device, stat.inode))
         };
-        let may_be_below = !self.tells_overlays;
+        let may_be_below = !self.reports_overlays;
         let is_marked = |stat: &Stat| self.is_marked(execution, stat);
-        // Asked now: its mounts may be gone with it. Lists of mounts can be long, so only
-        // where it matters.
+        // Read now: the mounts may be gone with the process. Lists of mounts can be long, so
+        // they are read only where it matters.
         let ground = match &opened {
-            // Memory needs no list.
+            // For memory no list is needed.
             Some((_, stat)) if Some(stat.device) == self.memfd_device => Ground::Memory,
             Some((_, stat)) if !is_host && is_same(stat) && !is_marked(stat) => {
                 self.ground(execution, handle.as_ref(), stat)
@@ -241,12 +244,12 @@ impl Examiner<'_> {
                 links: stat.links,
                 is_marked,
                 is_on_tmpfs: ground == Ground::Memory,
-                // Only who comes from outside is on its way in.
+                // Only a process from outside can be on its way in.
                 is_host: !was_resident && (is_host || is_behind(stat)),
             })
         });
-        // Of who is gone, or runs something else by now, a file of the host's own root
-        // tells nothing: the gate was asked about what is mounted from there.
+        // If the process is gone or runs another program by now, a file of the host's own root
+        // proves nothing: the gate was asked about what is mounted from there.
         let is_mapped_below = program.is_some_and(|mapped| {
             !was_resident && self.host_device == Some(mapped.device)
                 || may_be_below && watched.layers().is_none_or(|layers| layers.is_on(mapped.device))
@@ -282,8 +285,8 @@ impl Examiner<'_> {
         Some(execution.unseen(filesystem, name, file, handle, is_parent_outside))
     }
 
-    /// Whether a file lies on a mount that its process does not see itself: on its way in,
-    /// by setns(2) or chroot(2).
+    /// Whether a file lies on a mount that its process does not see itself. Such a process is
+    /// on its way in, by setns(2) or chroot(2).
     fn is_behind(&self, handle: Option<&Handle>, stat: &Stat) -> bool {
         let is_hidden = |mountinfo: Vec<u8>| {
             stat.mount.is_some_and(|mount| overlay::find_place(&mountinfo, mount).is_none())
@@ -296,17 +299,18 @@ impl Examiner<'_> {
     fn is_marked(&self, execution: &Execution<'_>, stat: &Stat) -> bool {
         self.shared.table.owner(stat).is_some()
             || execution.asked.contains(&(stat.device, stat.inode))
-            || self.will_be_told(stat.device, stat.mount, execution.executed)
+            || self.gate_will_report(stat.device, stat.mount, execution.executed)
     }
 
-    /// The same by the file that was mapped first.
+    /// Whether the gate reports an execution, by the file that was mapped first.
     fn is_mapped_marked(&self, execution: &Execution<'_>, mapped: &Mapped) -> bool {
         self.shared.table.by_device(mapped.device).is_some()
             || execution.asked.contains(&(mapped.device, mapped.inode))
-            || self.will_be_told(mapped.device, None, execution.executed)
+            || self.gate_will_report(mapped.device, None, execution.executed)
     }
 
-    /// Who answers for a program's file, as its process sees it, or else its parent.
+    /// What serves the filesystem of a program's file, as its process sees it, or else its
+    /// parent.
     fn ground(&self, execution: &Execution<'_>, handle: Option<&Handle>, stat: &Stat) -> Ground {
         if Some(stat.device) == self.memfd_device {
             return Ground::Memory;
@@ -319,9 +323,9 @@ impl Examiner<'_> {
         View::of(&parent).ground(stat)
     }
 
-    /// A script that was executed by its descriptor: the file that was mapped is its
-    /// interpreter, which is given the descriptor too and so leaves it open.
-    pub(crate) fn look_at_script(
+    /// Examines a script that was executed by its descriptor. The mapped file is its
+    /// interpreter, which gets the descriptor too, so that it stays open.
+    pub(crate) fn examine_script(
         &self,
         execution: &Execution<'_>,
         descriptor: u32,
@@ -337,7 +341,7 @@ impl Examiner<'_> {
             return None;
         }
         let ground = View::of([&handle]).ground(&stat);
-        // Of what cannot be read it is enough that its interpreter runs.
+        // For a file that cannot be read it is enough that its interpreter runs.
         if let Some(local) = ground.local() {
             let script = door::reopen(fd.as_fd(), local).ok()?;
             if file::sniff(script.as_fd()).ok()? != Format::Script {
@@ -358,7 +362,8 @@ impl Examiner<'_> {
         Some(Unseen { is_script: true, ..found })
     }
 
-    /// What is mounted where the process, its parent or its container lives.
+    /// The kind of filesystem that is mounted where the process, its parent or its container
+    /// lives.
     fn mounted(&self, execution: &Execution<'_>, device: u64) -> Option<Filesystem> {
         let viewers =
             [Some(execution.executed.pid), execution.parent, Some(execution.watched.init.pid)];
@@ -371,7 +376,7 @@ impl Examiner<'_> {
             .or_else(|| self.shared.table.kind_of(device))
     }
 
-    /// Whether who made this process is not in a container.
+    /// Whether the parent of this process is in no container.
     fn is_parent_outside(&self, execution: &Execution<'_>) -> bool {
         let parent = execution
             .parent
@@ -386,18 +391,18 @@ impl Examiner<'_> {
     }
 }
 
-/// One execve, with what is known from before it.
+/// One execve, with what was known before it.
 pub(crate) struct Execution<'a> {
     pub(crate) watched: Arc<Watched>,
     pub(crate) executed: &'a Executed,
     pub(crate) program: Option<Arc<Mapped>>,
     pub(crate) previous: Option<Arc<Mapped>>,
     pub(crate) parent: Option<u32>,
-    /// What the gate was asked about, by device and inode.
+    /// The files that the gate was asked about, by device and inode.
     pub(crate) asked: Vec<(u64, u64)>,
-    /// The process was the container's before, and does not come from outside.
+    /// The process belonged to the container before, and does not come from outside.
     pub(crate) was_resident: bool,
-    /// The container in whose root the program lies, where that is another one.
+    /// The container in whose root the program lies, if that is another container.
     pub(crate) file_of: Option<ContainerId>,
 }
 

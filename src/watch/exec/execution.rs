@@ -1,4 +1,7 @@
 //! A file that is being executed and is to be judged by its content.
+//!
+//! Owns the record alone, and must not open or read anything. `gate` makes it, `take` checks
+//! and copies its file, and `content` describes its process.
 
 use std::sync::Arc;
 
@@ -12,7 +15,7 @@ use crate::watch::core::held::Held;
 use crate::watch::core::watched::Watched;
 use crate::watch::process::describe::Caller;
 
-/// A file that is being executed and is to be judged by its content.
+/// One execution as the gate hands it on, or several like it.
 #[derive(Debug)]
 pub(crate) struct Execution {
     pub(crate) watched: Arc<Watched>,
@@ -23,11 +26,11 @@ pub(crate) struct Execution {
     pub(crate) stat: file::Stat,
     /// `None` for a file of the container's own layer.
     pub(crate) layer_file: Option<LayerFile>,
-    /// It is the image's own, unless its path has become another.
+    /// It is the image's own file, unless it has been moved to another path.
     pub(crate) is_movable: bool,
     pub(crate) caller: Caller,
     pub(crate) at: Timestamp,
-    /// Others like it, if too many wait to look at each.
+    /// Counts others like it, if too many wait to examine each one.
     pub(crate) more: Option<Arc<More>>,
 }
 

@@ -1,8 +1,10 @@
-//! What passes the gate: executions that its process has answered, taken from there.
+//! Takes the executions that the gate's process has answered, and finds the container of
+//! each file.
 //!
-//! The gate answers before it hands anything on, so nothing waits for this thread. It
-//! only finds out whose file it is and hands it to others by channels that never make it
-//! wait; what does not fit in them is a named loss.
+//! The gate answers before it hands anything on, so no process waits for this thread. The
+//! thread must not wait either: it passes each execution to other threads by channels, and
+//! what a full channel refuses is a named loss. It must not read files or describe
+//! processes.
 //!
 //! ```text
 //! gate's process ── Executed ──> own layer, other ──> take thread (with the file)
@@ -12,7 +14,7 @@
 //! ```
 //!
 //! With `watch.gate = "notify"` no process waits at all: the kernel reports executions to
-//! a group of this process, and the same is done with them.
+//! a group of this process, and `Feed` handles them in the same way.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -26,7 +28,7 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::crowd::{self, Crowd};
+use super::crowd::{self, Repeats};
 use super::execution::Execution;
 use super::shared::Exec;
 use super::take;
@@ -53,25 +55,25 @@ const READ_BYTES: usize = 4 * 1024;
 /// After a stop, the gate's process gets this long to end.
 const LAST_PACKETS: Duration = Duration::from_secs(4);
 
-/// An execution that has been seen.
+/// An execution, as the gate or the kernel reports it.
 struct Arrival {
     file: OwnedFd,
     stat: file::Stat,
     caller: Caller,
-    /// Where the process was, if the gate has asked.
+    /// The namespaces and the control group of the process, if the gate has read them.
     whereabouts: Option<Whereabouts>,
     at: Timestamp,
-    /// If it may be ignored from now on.
+    /// Set if the file may be ignored from now on.
     calm: Option<Calm>,
 }
 
-/// What both ways of seeing executions have in common.
+/// What [`Gate`] and [`Feed`] have in common.
 pub(crate) struct Arrivals {
     pub(crate) shared: Arc<Exec>,
     pub(crate) marks: Marks,
     pub(crate) pulse: Arc<Pulse>,
     pub(crate) content: take::Entrance,
-    pub(crate) crowd: RefCell<Crowd>,
+    pub(crate) crowd: RefCell<Repeats>,
     pub(crate) processes: Sender<Box<Seen>>,
 }
 
@@ -80,12 +82,12 @@ pub(crate) struct Gate {
     pub(crate) arrivals: Arrivals,
     pub(crate) events: Events,
     pub(crate) calls: crossbeam_channel::Sender<Call>,
-    /// Turns of this thread.
+    /// Counts the turns of this thread.
     pub(crate) turns: Arc<AtomicU64>,
     pub(crate) losses: Losses,
 }
 
-/// What the gate had lost when it was last looked at.
+/// The gate's counts of losses when they were last read.
 #[derive(Debug, Default)]
 pub(crate) struct Losses {
     dropped: Cell<u64>,
@@ -94,9 +96,9 @@ pub(crate) struct Losses {
 }
 
 impl Gate {
-    /// Ends when the gate's process has ended and what it handed on is taken.
+    /// Ends when the gate's process has ended and all that it handed on is taken.
     pub(crate) fn run(self) {
-        // Without CAP_SYS_NICE it runs like the others, only later under load.
+        // Without CAP_SYS_NICE this thread runs like the others, and later under load.
         let _ = rustix::process::setpriority_process(None, -10);
         let shared = &self.arrivals.shared;
         let mut last = Instant::now();
@@ -112,7 +114,7 @@ impl Gate {
                     }
                     Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
                     Err(err) if err.kind() == io::ErrorKind::InvalidData => {
-                        let detail = format!("what the gate handed on is not readable: {err}");
+                        let detail = format!("a message of the gate is not readable: {err}");
                         shared.lose(Failure::EventUnreadable, None, &detail);
                         shared.gate_taken.fetch_add(1, Ordering::Release);
                     }
@@ -127,7 +129,9 @@ impl Gate {
             }
             self.note_losses();
             if shared.is_stopping() && last.elapsed() > LAST_PACKETS {
-                tracing::warn!("the gate's process does not end; what it still holds is lost");
+                tracing::warn!(
+                    "the gate's process does not end; the executions that it still holds are lost"
+                );
                 return;
             }
         }
@@ -149,7 +153,7 @@ impl Gate {
             shared.lose(Failure::EventUnreadable, None, detail);
         }
         if is_news(pulse.late(), &self.losses.late) {
-            let detail = "a runtime was let run before its container was marked";
+            let detail = "a runtime was allowed to run before its container was marked";
             shared.lose(Failure::ArmedLate, None, detail);
         }
     }
@@ -183,7 +187,7 @@ impl Gate {
                 let Some(process) = process else { return marks.release(number) };
                 if self.calls.try_send(Call { number, caller: process }).is_err() {
                     marks.release(number);
-                    let detail = "too many runtimes run at once to look at each";
+                    let detail = "too many runtimes run at once to examine each one";
                     shared.lose(Failure::ArmedLate, None, detail);
                 }
             }
@@ -199,7 +203,7 @@ fn wait_for(events: &Events) {
     let _ = threads::idle(|| rustix::event::poll(&mut fds, Some(&turn)));
 }
 
-/// Takes what the kernel reports where it does not ask.
+/// Takes the executions that the kernel reports without a permission event.
 pub(crate) struct Feed {
     pub(crate) arrivals: Arrivals,
     pub(crate) group: Arc<Group>,
@@ -215,8 +219,8 @@ impl Feed {
             shared.wait_for(&*group, Some(TURN));
             match group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => incoming.into_iter().for_each(|incoming| match incoming {
-                    Incoming::Notification(event) => arrivals.told(event),
-                    // This group is never asked.
+                    Incoming::Notification(event) => arrivals.notified(event),
+                    // This group gets no permission events.
                     Incoming::Permission(_) => (),
                     Incoming::Overflow => shared.lose(
                         Failure::KernelQueueOverflow,
@@ -229,7 +233,7 @@ impl Feed {
                     Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => {
                         panic!("executions cannot be read any more: {err}")
                     }
-                    // The event is used up. Nobody knows which container's it was.
+                    // The event is consumed, and its container is not known.
                     Some(_) => shared.lose(
                         Failure::EventUnreadable,
                         None,
@@ -243,8 +247,9 @@ impl Feed {
 }
 
 impl Arrivals {
-    /// A program has been opened for execution, and nobody has waited for us.
-    fn told(&self, event: Event) {
+    /// A program has been opened for execution, and its process has not waited for an
+    /// answer.
+    fn notified(&self, event: Event) {
         let stat = procfs::read_stat(event.pid).ok();
         let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
@@ -264,25 +269,26 @@ impl Arrivals {
         self.shared.lose(
             Failure::EventUnreadable,
             None,
-            &format!("an executed file could not be looked at: {err}"),
+            &format!("an executed file could not be examined: {err}"),
         );
     }
 
-    fn whose(&self, seen: &Arrival) -> Option<(Arc<Watched>, Filesystem)> {
+    fn container_of(&self, seen: &Arrival) -> Option<(Arc<Watched>, Filesystem)> {
         let Arrival { file, stat, caller, whereabouts, .. } = seen;
         let owner = self.shared.table.owner(stat).map(|owner| (owner, Filesystem::Overlay));
         owner.or_else(|| {
-            // Nobody has waited, or the file was on a container's own overlay.
+            // The gate has not read it: no process has waited, or the file was on a
+            // container's own overlay.
             let now = || Some(Handle::open(caller.pid).ok()?.whereabouts());
             let whereabouts = whereabouts.clone().or_else(now)?;
-            let whose = find::whose(&self.shared.table, file, stat, &whereabouts)?;
+            let found = find::whose(&self.shared.table, file, stat, &whereabouts)?;
             let at = caller.asked.unwrap_or_else(perf::now);
             self.shared.note_asked(caller.pid, (stat.device, stat.inode), at);
-            Some(whose)
+            Some(found)
         })
     }
 
-    /// Copies a short file in memory and closes it, if it is one.
+    /// Copies a short file of a tmpfs in memory and closes it.
     fn close_early(
         &self,
         filesystem: Filesystem,
@@ -296,7 +302,7 @@ impl Arrivals {
         early.map_or(Ok(file), Err)
     }
 
-    /// Hands on who executes a file of the image, which is closed already.
+    /// Hands on the process that executes a file of the image; the file is closed already.
     fn hand_on_process(&self, watched: Arc<Watched>, mut caller: Caller, at: Timestamp) {
         if caller.pidfd.is_none() && watched.has_sessions() {
             caller.pidfd = pidfd::open(caller.pid).ok();
@@ -306,14 +312,14 @@ impl Arrivals {
             Err(TrySendError::Full(seen)) => self.shared.lose(
                 Failure::ProcessQueueFull,
                 Some(&seen.watched),
-                "too many processes wait to be looked at",
+                "too many processes wait to be examined",
             ),
         }
     }
 
     fn hand_on(&self, seen: Arrival) {
-        // Of a container that is not watched any more, or the host's.
-        let Some((watched, filesystem)) = self.whose(&seen) else { return };
+        // Otherwise it belongs to the host, or to a container that is not watched any more.
+        let Some((watched, filesystem)) = self.container_of(&seen) else { return };
         let Arrival { file, stat, caller, at, calm, .. } = seen;
         let pid = caller.pid;
         if pid == watched.init.pid && !watched.entry_is_recorded() {
@@ -322,11 +328,11 @@ impl Arrivals {
             }
             watched.set_init_asked_about();
         }
-        // First of all: open, it keeps its mount busy.
+        // Before anything else: an open file keeps its mount busy.
         let file = self.close_early(filesystem, file, &stat);
         let standing = match filesystem {
             Filesystem::Overlay => watched.standing(&stat),
-            // No image has a file there.
+            // Images have no files there.
             Filesystem::Tmpfs
             | Filesystem::Volume
             | Filesystem::Anonymous
@@ -358,8 +364,9 @@ impl Arrivals {
             }
             _ => None,
         };
-        // Only to sleep no longer than the process lives: who it is, its start time
-        // says, and a handle with every event would cost more than all the rest.
+        // The handle only serves to sleep no longer than the process lives. The start time
+        // identifies the process, and a handle with every event would cost more than all
+        // the rest.
         let pidfd = caller.pidfd.or_else(|| pidfd::open(pid).ok());
         let caller = Caller { pidfd, ..caller };
         let (name, file) = match file {
@@ -389,7 +396,7 @@ impl Arrivals {
     }
 }
 
-/// A call of a runtime that the gate holds.
+/// A runtime invocation that the gate holds.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) number: u64,

@@ -1,4 +1,7 @@
-//! What is known of processes by the kernel's records.
+//! What is known of processes by the kernel's records, and which of it is forgotten first.
+//!
+//! Owns the entry of one process and the choice of the entries that make room for others. It
+//! reads no record and no file of /proc: `trace` does, and `examine` reads the entries.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,28 +9,28 @@ use std::sync::Arc;
 use crate::sys::perf::Mapped;
 use crate::watch::core::watched::Watched;
 
-/// What is known of a process by its records.
+/// What is known of one process by its records.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     pub(crate) parent: Option<u32>,
     pub(crate) watched: Option<Arc<Watched>>,
-    /// It is of that container without doubt: it or an ancestor has become a program of
-    /// the container's while it was in the container. A runtime on its way in has not.
+    /// It certainly belongs to that container: it or an ancestor has become a program of the
+    /// container while it was in the container. A runtime on its way in has not.
     pub(crate) is_resident: bool,
-    /// It is one of the host's, or was made by such a process: without a record or a look
-    /// that says so, it is not.
+    /// It is a process of the host, or was made by one. False where neither a record nor
+    /// /proc shows it.
     pub(crate) is_made_outside: bool,
-    /// Whose it is was looked up in /proc, if anybody's.
+    /// Its container was looked up in /proc; it may have none.
     pub(crate) was_looked_up: bool,
-    /// By then, so many containers had been watched: it may be of one that came later.
+    /// The table's generation at that time: it may belong to a container that came later.
     pub(crate) looked_up_among: u64,
     /// An execve is under way.
     pub(crate) is_beginning: bool,
     /// The first file that this execve has mapped.
     pub(crate) first: Option<Arc<Mapped>>,
-    /// With what arguments, if that was told first.
+    /// The arguments of this execve, if their record came first.
     pub(crate) arguments: Option<Box<[u8]>>,
-    /// What it runs.
+    /// The program that it runs.
     pub(crate) program: Option<Arc<Mapped>>,
     pub(crate) ended: bool,
 }
@@ -36,7 +39,7 @@ pub(crate) struct Known {
 pub(crate) struct Before {
     pub(crate) program: Option<Arc<Mapped>>,
     pub(crate) arguments: Option<Box<[u8]>>,
-    /// What it ran until then.
+    /// The program that it ran until then.
     pub(crate) previous: Option<Arc<Mapped>>,
     pub(crate) inherited: Option<Arc<Watched>>,
     pub(crate) was_resident: bool,
@@ -61,9 +64,9 @@ impl Known {
     }
 }
 
-/// Forgets enough processes for a quarter of `most` to be free, and hands back of which
-/// containers, and how many. The host's own go first: they can be looked up again. Then
-/// those of the containers that have the most, so that none makes another one's unknown.
+/// Forgets enough processes for a quarter of `most` to be free, and returns how many of which
+/// container. The host's own go first: they can be looked up again. Then those of the
+/// containers that have the most, so that no container makes another one's processes unknown.
 pub(crate) fn make_room(
     processes: &mut HashMap<u32, Known>,
     most: usize,
@@ -75,7 +78,7 @@ pub(crate) fn make_room(
         let Some(watched) = &known.watched else { continue };
         by_container.entry(Arc::as_ptr(watched)).or_default().push(*pid);
     }
-    // The least that each may keep, so that all of them together are few enough.
+    // How many each container may keep, so that all of them together are few enough.
     let mut sizes: Vec<usize> = by_container.values().map(Vec::len).collect();
     sizes.sort_unstable();
     let (mut room, mut each) = (enough, enough);
@@ -152,7 +155,7 @@ mod tests {
         };
         assert_eq!((left(&quiet, true), left(&quiet, false)), (50, 50));
         assert_eq!((left(&noisy, true), left(&noisy, false)), (400, 250), "the ended go first");
-        assert_eq!(processes.len(), 750, "the host's own are asked for again");
+        assert_eq!(processes.len(), 750, "the host's own can be looked up again");
         assert_eq!(forgotten.len(), 1);
         assert!(Arc::ptr_eq(&forgotten[0].0, &noisy) && forgotten[0].1 == 150);
     }

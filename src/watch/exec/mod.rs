@@ -1,6 +1,7 @@
 //! Executions: those that the gate is asked about, and those that only the kernel records.
 //!
-//! It knows every wing below: `core`, `process`, `files`, `mounts`, `sessions` and `code`.
+//! It uses every wing below: `core`, `process`, `files`, `mounts`, `sessions` and `code`. Only
+//! `control` and `watch` itself use it.
 
 pub(crate) mod content;
 pub(crate) mod crowd;

@@ -1,5 +1,9 @@
-//! Processes that come into a container from outside, and what all of a container's
-//! processes run when nobody has seen them start.
+//! The thread for processes: those that execute a file of the image, those that come into a
+//! container from outside, and, in passes over all processes, those whose start was not seen.
+//!
+//! It opens their sessions, by `sessions::opening`, and reports the programs that they run, by
+//! `running`. It works in slices, so that new processes do not wait for a pass. It must not
+//! decide what a session is.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -28,23 +32,23 @@ use crate::watch::sessions::opening::{self, Home, Opened};
 use crate::watch::sessions::origin::ByRuntime;
 use crate::watch::sessions::runtimes::Runtimes;
 
-/// Of how many that wait each one that belongs to a session is looked at.
+/// While fewer than this wait, each process that belongs to a session is examined.
 const FEW: usize = 64;
 
-/// How often it is asked whether all processes are to be looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How often the thread checks whether a container wants a pass over all processes.
+const CHECK_EVERY: Duration = Duration::from_millis(250);
 
 pub(crate) fn run(shared: &Exec, seen: &Receiver<Box<Seen>>) {
-    let mut last_look = Instant::now();
+    let mut last_check = Instant::now();
     let mut runtimes = Runtimes::default();
     let mut pass: Option<Pass> = None;
     loop {
-        if pass.is_none() && last_look.elapsed() >= LOOK_EVERY && !shared.is_stopping() {
-            last_look = Instant::now();
+        if pass.is_none() && last_check.elapsed() >= CHECK_EVERY && !shared.is_stopping() {
+            last_check = Instant::now();
             pass = Pass::begin(shared);
             find_unclaimed(shared);
         }
-        let mut patience = LOOK_EVERY;
+        let mut patience = CHECK_EVERY;
         if let Some(going) = &mut pass {
             patience = shared.rest();
             if patience.is_zero() {
@@ -54,7 +58,7 @@ pub(crate) fn run(shared: &Exec, seen: &Receiver<Box<Seen>>) {
                 pass.take_if(|_| is_over);
             }
         }
-        // What has just happened is over sooner than what has run for a while.
+        // A new process ends sooner than one that has run for a while.
         for _ in 0..FEW {
             match shared.next_within(seen, patience) {
                 Next::Item(one) => judge(shared, &one, seen),
@@ -71,19 +75,19 @@ fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) {
     if deeds::is_of_another(shared, &seen.watched, &seen.caller) {
         return;
     }
-    // First: what runs in a session may be over when its record is read.
+    // First: a process in a session may have ended when its record is read.
     if others.len() < FEW && membership::is_in_session(shared, &seen.watched, stat) {
-        let words = describe::words_after_exec(&seen.caller, &|| !others.is_empty());
-        membership::keep_words(shared, &seen.watched, &seen.caller, words);
+        let arguments = describe::words_after_exec(&seen.caller, &|| !others.is_empty());
+        membership::keep_words(shared, &seen.watched, &seen.caller, arguments);
     }
     shared.packages().executes(shared, &seen.watched, stat);
     membership::keep_handle(shared, &seen.watched, &seen.caller);
-    // Held until the session is told, so that it is told before what it does.
+    // Held until the session is reported, so that the session precedes its activity.
     let mut sessions = shared.openings();
     sessions.open(shared, &seen.caller, &seen.watched, seen.at, &|| others.len());
 }
 
-/// Nobody was asked before it became what it is.
+/// Judges a process for whose execution there was no permission event.
 fn judge_running(shared: &Exec, seen: &Seen) {
     shared.openings().open_gone(shared, seen.caller.pid);
     let handle = Handle::open(seen.caller.pid).ok();
@@ -94,7 +98,7 @@ fn judge_running(shared: &Exec, seen: &Seen) {
         return;
     };
     let stat = handle.first_stat();
-    // What the runtime is on its way in will be seen again when it is there.
+    // A runtime on its way in is seen again when it has arrived.
     if outside::is_on_its_way(&handle) {
         return;
     }
@@ -119,8 +123,8 @@ fn judge_running(shared: &Exec, seen: &Seen) {
     }
 }
 
-/// By the trace, which is not asked before: whoever comes into a container to execute
-/// what the gate does not ask about.
+/// A consumer of the trace: hands on processes that come into a container and execute a
+/// file that the gate is not asked about.
 pub(crate) struct Entries {
     processes: Sender<Box<Seen>>,
 }
@@ -141,7 +145,7 @@ impl TraceConsumer for Entries {
             Err(TrySendError::Full(seen)) => shared.lose(
                 Failure::ProcessQueueFull,
                 Some(&seen.watched),
-                "too many processes wait to be looked at",
+                "too many processes wait to be examined",
             ),
         }
     }
@@ -149,16 +153,16 @@ impl TraceConsumer for Entries {
     fn executed(&mut self, _: &Processes, _: &Arc<Watched>, _: &Executed, _: Option<&Mapped>) {}
 }
 
-/// A container whose processes are to be looked at.
+/// A container whose processes are to be examined.
 struct Wanted {
     watched: Arc<Watched>,
-    /// What has started after this was seen when it did.
+    /// Processes that started after this were seen when they started.
     since: u64,
 }
 
-/// One pass over all processes, for all containers that want one: sessions and
-/// programs that were there before the marks, or whose start was lost. It goes on in
-/// slices, so that what happens meanwhile does not wait.
+/// One pass over all processes, for all containers that want one. It finds sessions and
+/// programs that were there before the marks, or whose start was lost. It runs in slices, so
+/// that new processes do not wait for it.
 struct Pass {
     wanted: Vec<Wanted>,
     places: Places,
@@ -185,14 +189,14 @@ impl Pass {
         Some(Pass { wanted, places, pids, running: Running::default() })
     }
 
-    /// Looks at some processes; true when all have been looked at.
+    /// Examines processes for one slice of time. Returns true when all have been examined.
     fn step(&mut self, shared: &Exec, runtimes: &mut Runtimes) -> bool {
         let begun = Instant::now();
         while begun.elapsed() < fair::SLICE {
             let Some(pid) = self.pids.next() else { return true };
             let Ok(handle) = Handle::open(pid) else { continue };
             if let Some(watched) = owner(shared, &self.wanted, &handle) {
-                self.running.tell(shared, runtimes, &watched, &handle);
+                self.running.report(shared, runtimes, &watched, &handle);
             }
             for number in self.places.may_hold(&Whereabouts::of(&handle)) {
                 find_open_session(shared, &self.wanted[number].watched, &handle);
@@ -202,7 +206,7 @@ impl Pass {
     }
 }
 
-/// What tells which containers a process may be in.
+/// The places that show which containers a process may be in.
 #[derive(Debug, Default)]
 struct Whereabouts {
     mount_namespace: Option<u64>,
@@ -224,8 +228,8 @@ impl Whereabouts {
     }
 }
 
-/// Containers, by number, by what tells that a process may be in one of them. So each
-/// process is compared with the one or two that it can be in, and not with all.
+/// The numbers of containers, by the places that show that a process may be in them. So each
+/// process is compared with the one or two containers that it can be in, and not with all.
 #[derive(Debug, Default)]
 struct Places {
     mount_namespaces: HashMap<u64, Vec<usize>>,
@@ -257,7 +261,7 @@ impl Places {
         let by_mount = mount_namespace.and_then(|namespace| self.mount_namespaces.get(&namespace));
         let by_pid = pid_namespace.and_then(|namespace| self.pid_namespaces.get(&namespace));
         let by_root = root.and_then(|root| self.roots.get(&root));
-        // Its control group or one that holds it.
+        // Its control group, or one that contains it.
         let cgroup = cgroup.as_deref().unwrap_or_default();
         let ends = (0..cgroup.len()).filter(|&end| cgroup[end] == b'/').chain([cgroup.len()]);
         let by_cgroup = ends.filter_map(|end| self.cgroups.get(&cgroup[..end]));
@@ -266,14 +270,14 @@ impl Places {
     }
 }
 
-/// Whose process this is: by its namespaces and control group, or by what it runs.
+/// The container of a process: by its namespaces and control group, or by its program.
 fn owner(shared: &Exec, wanted: &[Wanted], handle: &Handle) -> Option<Arc<Watched>> {
     let own = shared.table.of_process(handle).or_else(|| {
         let stat = file::stat(handle.open_exe().ok()?).ok()?;
         shared.table.owner(&stat)
     })?;
-    // Without records of executions, whatever is not on a marked filesystem is
-    // found here or never.
+    // Without records of executions, a program that is not on a marked filesystem is found
+    // here or never.
     let is_late = |since| handle.identity().start_time > since && shared.records_executions();
     let wanted = wanted.iter().find(|wanted| Arc::ptr_eq(&wanted.watched, &own))?;
     (!is_late(wanted.since)).then_some(own)
@@ -283,7 +287,7 @@ fn find_open_session(shared: &Exec, watched: &Arc<Watched>, handle: &Handle) {
     match opening::home(shared, handle, watched) {
         Home::Own => open_session(shared, watched, handle),
         Home::Anothers => {
-            // Its container may have been known before the one beside which it was put.
+            // Its own container may have been known before the one whose processes are examined.
             if let Some(own) = opening::of_init(shared, handle) {
                 open_session(shared, &own, handle);
             }
@@ -297,7 +301,8 @@ fn find_open_session(shared: &Exec, watched: &Arc<Watched>, handle: &Handle) {
     }
 }
 
-/// Those that were taken for a container's that is not known yet, and none has come.
+/// Opens sessions for processes that were put aside for a container that was not known yet,
+/// where no such container has come.
 fn find_unclaimed(shared: &Exec) {
     let unclaimed = shared.openings().take_unclaimed(shared);
     for (handle, watched) in unclaimed {
@@ -348,7 +353,7 @@ mod tests {
             let cgroup = Some(cgroup.into());
             assert_eq!(may_hold(Whereabouts { cgroup, ..none() }), expected);
         }
-        // A process that joins only a part of a container is in several.
+        // A process that joins only some namespaces of a container may be in several.
         let joined = Whereabouts {
             mount_namespace: Some(1001),
             cgroup: Some(b"/pods/9/x".to_vec()),

@@ -1,4 +1,8 @@
-//! How executions are recorded on this machine.
+//! The source of the records of executions: the kernel's perf rings, or else the process
+//! connector.
+//!
+//! Opens the best source that this machine has, and names what that source cannot record. It
+//! must not read records: `trace` does that.
 
 use crate::sys::connector::Connector;
 use crate::sys::perf::Rings;
@@ -7,23 +11,23 @@ use crate::sys::perf::Rings;
 #[derive(Debug)]
 pub(crate) enum Recorder {
     Rings(Rings),
-    /// Who ends at once is not seen, and no mapping is.
+    /// It misses processes that end at once, and records no mappings.
     Connector(Connector),
 }
 
-/// What the second pair of eyes sees on this machine, for people to be told.
+/// Which executions are recorded on this machine besides the gate's, for messages to people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Executions {
     /// Every execution and every mapping of code.
     Recorded,
-    /// Executions of programs that live long enough to be looked at; no mappings.
+    /// Executions of programs that live long enough to be examined; no mappings.
     Announced { why: String },
-    /// Nothing but what the gate sees and a look at the running processes finds.
+    /// Only what the gate sees, and what a scan of the running processes finds.
     Unseen { why: String },
 }
 
 impl Recorder {
-    /// The best there is, and what that means.
+    /// The best source there is, and what it records.
     pub(crate) fn open() -> (Option<Recorder>, Executions) {
         let why = match Rings::open() {
             Ok(rings) => return (Some(Recorder::Rings(rings)), Executions::Recorded),

@@ -1,4 +1,8 @@
-//! The programs of processes that run already, found by going through all processes.
+//! The programs that the processes of a container run already, found by a scan of all
+//! processes.
+//!
+//! Reports each such file once, if it is not the image's or may not be. It must not choose
+//! which processes are scanned, nor open sessions: `processes` does both.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -18,25 +22,25 @@ use crate::watch::files::{paths, state};
 use crate::watch::process::{deeds, describe};
 use crate::watch::sessions::runtimes::Runtimes;
 
-/// What the programs of a container's running processes are, each file once.
+/// The programs of running processes that one scan has examined, each file once.
 #[derive(Debug, Default)]
 pub(crate) struct Running {
-    pub(crate) told: std::collections::HashSet<(u64, u64)>,
+    pub(crate) examined: std::collections::HashSet<(u64, u64)>,
 }
 
 impl Running {
-    /// Tells of a process whose program is not the image's, or may not be.
-    pub(crate) fn tell(
+    /// Reports a process whose program is not the image's, or may not be.
+    pub(crate) fn report(
         &mut self,
         shared: &Files,
         runtimes: &mut Runtimes,
         watched: &Arc<Watched>,
         handle: &Handle,
     ) {
-        // A kernel thread has none, and one that has ended none any more.
+        // A kernel thread has no program, and an ended process has none any more.
         let Ok(exe) = handle.open_exe() else { return };
         let Ok(stat) = file::stat(&exe) else { return };
-        if !self.told.insert((stat.device, stat.inode)) {
+        if !self.examined.insert((stat.device, stat.inode)) {
             return;
         }
         let max_hash_bytes = shared.settings.max_hash_bytes;
@@ -49,8 +53,8 @@ impl Running {
         let process = describe::as_it_is(handle, watched);
         let name = handle.exe().unwrap_or_default();
         let ground = if is_overlays { Ground::Disk } else { ground_of(watched, handle, &stat) };
-        let whose = (is_overlays, file_of.is_some());
-        let Some(filesystem) = filesystem_of(whose, handle, (&name, &stat), ground) else {
+        let place = (is_overlays, file_of.is_some());
+        let Some(filesystem) = filesystem_of(place, handle, (&name, &stat), ground) else {
             return;
         };
         if !shared.settings.looks_at(filesystem) {
@@ -59,7 +63,7 @@ impl Running {
         let path = match path_of((watched, handle), (&exe, &stat, &name), filesystem) {
             Ok(path) => path,
             Err(why) => {
-                let detail = format!("the path of a running program cannot be told: {why}");
+                let detail = format!("the path of a running program cannot be determined: {why}");
                 shared.lose(Failure::EventUnreadable, Some(watched), &detail);
                 return;
             }
@@ -73,7 +77,7 @@ impl Running {
             .unwrap_or_else(|| state::state_of(exe.as_fd(), &stat, ground.local(), max_hash_bytes));
         drop(exe);
         if is_runtime(runtimes, handle, filesystem, &state, max_hash_bytes) {
-            // It has not become the container's program, or the session's, yet.
+            // It has not become a program of the container, or of the session, yet.
             return;
         }
         let lower = match layer_file {
@@ -83,7 +87,7 @@ impl Running {
             Some(_) | None => None,
         };
         if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
-            // First, so that its judgement finds it.
+            // First, so that the verdict on the file finds it.
             watched.layer_files_mut().tell(layer_file, state.clone(), at);
         }
         let fact = Fact::Executed {
@@ -98,22 +102,22 @@ impl Running {
             layer_file,
             writer: None,
         };
-        let is_told = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
+        let is_reported = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file
-            && !is_told
+            && !is_reported
         {
             watched.layer_files_mut().judge(&layer_file, Verdict::Lost);
         }
     }
 }
 
-/// Whether a program lies on a container's own overlay, and in the root of which container
-/// if that is another one.
+/// Whether a program lies on the container's own overlay, and, if not, the other container
+/// in whose root it lies.
 fn owner_of(shared: &Files, watched: &Arc<Watched>, stat: &Stat) -> (bool, Option<ContainerId>) {
     let owner = shared.table.owner(stat);
     let is_apart = |owner: &&Arc<Watched>| {
         deeds::is_apart(shared, watched, owner)
-            // A runtime that runs in a container, on its way into one of its own.
+            // A runtime that runs in a container is on its way into a container of its own.
             && !deeds::is_within(&shared.table, watched, owner)
     };
     let file_of = owner.as_ref().filter(is_apart).map(|owner| owner.container.clone());
@@ -142,16 +146,16 @@ fn is_runtime(
         && runtimes.is_installed(state, max_hash_bytes)
 }
 
-/// What a running program is known by, where it lies on an overlay.
+/// How a running program is judged, where it lies on an overlay.
 #[derive(Default)]
 struct Judged {
     layer_file: Option<LayerFile>,
     is_movable: bool,
-    /// What the upper layer has, where the layers are not read.
+    /// The file in the upper layer, where the layers are not read.
     unread: Option<Code>,
 }
 
-/// `None` if there is nothing to report of it, or not yet.
+/// `None` if there is nothing to report, or not yet.
 fn stand(
     shared: &Files,
     watched: &Watched,
@@ -177,12 +181,12 @@ fn stand(
         Standing::Doubtful(file) if watched.layer_files().is_known() => {
             Some(Judged { layer_file: Some(file), ..none })
         }
-        // It is looked at again when it is known what to trust.
+        // It is examined again when it is known which layer files to trust.
         Standing::Doubtful(_) | Standing::Image => None,
     }
 }
 
-/// `None` if the process runs a program of the host's.
+/// `None` if the process runs a program of the host.
 fn filesystem_of(
     (is_overlays, is_shared): (bool, bool),
     handle: &Handle,

@@ -1,4 +1,8 @@
-//! What the threads share of executions. It carries what every wing below it shares.
+//! What the threads share about executions: the files that the gate was asked about, and the
+//! executions that the kernel has not recorded yet.
+//!
+//! Owns these tables and their locks. It must not read records or judge files: `trace`,
+//! `content` and `processes` do. Through `Deref` it carries what every wing below shares.
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -10,8 +14,8 @@ use super::unproven::Unproven;
 use crate::watch::sessions::opening::Openings;
 use crate::watch::sessions::shared::Sessions;
 
-/// Processes whose executions the kernel's records have not told of yet, and files
-/// that one of them may have tried.
+/// Processes whose executions have no record from the kernel yet, and files that one of
+/// them may have tried to execute.
 const MAX_ASKED: usize = 4 * 1024;
 const MAX_ASKED_OF_ONE: usize = 16;
 
@@ -19,13 +23,14 @@ const MAX_ASKED_OF_ONE: usize = 16;
 pub(crate) struct Exec {
     pub(crate) sessions: Arc<Sessions>,
     openings: Mutex<Openings>,
-    /// Files on other filesystems about which the gate was asked, by who executes
-    /// them: the kernel's records come later and must not tell them again.
+    /// Files on other filesystems about which the gate was asked, by the pid of the process
+    /// that executes them. The kernel's records come later, and the same execution must not
+    /// be reported again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
     unproven: Mutex<Unproven<Described>>,
     /// Executions that the gate has answered and that have been taken from it.
     pub(crate) gate_taken: AtomicU64,
-    /// The gate's process was asked to end.
+    /// The gate's process has been requested to end.
     pub(crate) is_gate_closed: AtomicBool,
 }
 
@@ -33,7 +38,7 @@ pub(crate) struct Exec {
 #[derive(Clone, Copy, Debug)]
 struct Asked {
     file: (u64, u64),
-    /// By the clock of the kernel's records.
+    /// When, by the clock of the kernel's records.
     at: u64,
 }
 
@@ -57,23 +62,23 @@ impl Exec {
         }
     }
 
-    /// The kernel records every execution for us.
+    /// From now on the kernel records every execution.
     pub(crate) fn set_records_executions(&self) {
         drop(self.unproven().forget_all(crate::sys::perf::now()));
         self.set_records();
     }
 
-    /// Processes that have been judged as the first ones of sessions.
+    /// The processes that were judged as the first of their sessions.
     pub(crate) fn openings(&self) -> MutexGuard<'_, Openings> {
         self.openings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The gate was asked about a file at that time, by its device and inode, and it is
-    /// reported as that.
+    /// Notes that the gate was asked about a file (device and inode) at that time. Its
+    /// execution is reported by the gate.
     pub(crate) fn note_asked(&self, pid: u32, file: (u64, u64), at: u64) {
         let mut asked = self.asked();
         if asked.len() >= MAX_ASKED && !asked.contains_key(&pid) {
-            // Told twice is better than never.
+            // To report an execution twice is better than to miss it.
             asked.clear();
         }
         let files = asked.entry(pid).or_default();
@@ -82,8 +87,8 @@ impl Exec {
         }
     }
 
-    /// Waits for a moment until what the gate has answered by now is taken from it, so
-    /// that it is known before the kernel's record of the same execution is looked at.
+    /// Waits for a moment until everything that the gate has answered by now is taken from
+    /// it. So it is known before the kernel's record of the same execution is examined.
     pub(crate) fn wait_for_gate(&self) {
         let Some(pulse) = self.health.pulse.get() else { return };
         let answered = pulse.answers().load(Ordering::SeqCst);
@@ -93,7 +98,7 @@ impl Exec {
         });
     }
 
-    /// How many executions the gate has answered that were not taken from it.
+    /// How many of the executions that the gate has answered were not taken from it.
     pub(crate) fn untaken(&self) -> u64 {
         let Some(pulse) = self.health.pulse.get() else { return 0 };
         let answered = pulse.answers().load(Ordering::SeqCst);
@@ -101,8 +106,8 @@ impl Exec {
         answered.saturating_sub(self.gate_taken.load(Ordering::Acquire) + lost)
     }
 
-    /// What the gate was asked about between a process's last execve and this time, by
-    /// the clock of the kernel's records. What it was asked later is of a later one.
+    /// The files that the gate was asked about between a process's last execve and this time,
+    /// by the clock of the kernel's records. A later event belongs to a later execve.
     pub(crate) fn take_asked(&self, pid: u32, until: u64) -> Vec<(u64, u64)> {
         let mut asked = self.asked();
         let Some(files) = asked.get_mut(&pid) else { return Vec::new() };
@@ -118,7 +123,7 @@ impl Exec {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Executions that the kernel has not recorded.
+    /// Executions that wait for the kernel's record.
     pub(crate) fn unproven(&self) -> MutexGuard<'_, Unproven<Described>> {
         self.unproven.lock().unwrap_or_else(PoisonError::into_inner)
     }

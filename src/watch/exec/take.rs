@@ -1,11 +1,12 @@
-//! What an executed file holds, taken as soon as the gate has handed it on.
+//! Takes the content of an executed file as soon as the gate has handed the file on.
 //!
-//! Whatever comes later is too late for two things. A file can be changed back before
-//! it is read: see [`writable`]. And an open file keeps its mount busy, so that a
-//! container could not unmount what it has just run a program from. So this thread
-//! finds the path, asks whether the file has a writer, copies a small file into memory
-//! and closes it. Who ran it is found out by the threads that follow, and what is
-//! hashed is the copy.
+//! Two things cannot wait. A file can be changed back before it is read: see `writable`.
+//! And an open file keeps its mount busy, so that a container could not unmount the
+//! filesystem from which it has just run a program. So this thread finds the path, checks
+//! whether the file has a writer, copies a small file into memory and closes it.
+//!
+//! It must not describe the process or hash the file: the threads that follow find out which
+//! process executed it, and hash the copy.
 //!
 //! ```text
 //! gate ── Execution ──> take ── Taken ──> describe ──> content
@@ -19,7 +20,7 @@ use std::time::Duration;
 use crossbeam_channel::TrySendError;
 
 use super::execution::Execution;
-use super::writable::Look;
+use super::writable::WriterCheck;
 use crate::health::Failure;
 use crate::model::{ContainerId, Filesystem, RootfsPath};
 use crate::sys::file::{self, Stat};
@@ -32,18 +33,17 @@ use crate::watch::files::paths::{self, UnknownPath};
 use crate::watch::files::shared::Files;
 use crate::watch::mounts::find;
 
-/// An execution whose file has been looked at.
+/// An execution whose file has been checked for writers.
 #[derive(Debug)]
 pub(crate) struct Taken {
     pub(crate) execution: Execution,
-    /// In its container, and whether that is certain.
+    /// The path in its container, and whether that path is certain.
     pub(crate) path: Result<(RootfsPath, bool), UnknownPath>,
-    /// The kernel's name of a file on a mount of the container's own, whose path is found
-    /// when the file has been copied and closed.
+    /// The kernel's name of a file on another mount of the container. Its path is found when
+    /// the file has been copied and closed.
     name: Option<Result<Vec<u8>, UnknownPath>>,
-    pub(crate) look: Look,
-    /// What it holds may not be what it held when it was executed; `None` until it was
-    /// read.
+    pub(crate) writer_check: WriterCheck,
+    /// Its content may differ from the content that was executed; `None` until it was read.
     pub(crate) could_change: Option<bool>,
 }
 
@@ -53,7 +53,7 @@ impl Owned for Taken {
     }
 }
 
-/// Where executions enter, and how many of them wait to be described.
+/// Where executions enter. It also counts those that are not described yet.
 #[derive(Clone, Debug)]
 pub(crate) struct Entrance {
     arrived: Sender<Execution>,
@@ -63,9 +63,9 @@ pub(crate) struct Entrance {
 }
 
 impl Entrance {
-    /// Copies a short file in memory before anybody else looks at it: a container that
-    /// has mounted a tmpfs may unmount it as soon as its program has ended. The kernel's
-    /// name for it, and its content.
+    /// Copies a short file in memory before any other thread reads it: a container that has
+    /// mounted a tmpfs may unmount it as soon as its program has ended. Returns the kernel's
+    /// name for the file, and its content.
     pub(crate) fn copy_at_once(&self, fd: &OwnedFd, stat: &Stat) -> Option<(Vec<u8>, Copy)> {
         if stat.size > CHUNK as u64 {
             return None;
@@ -77,26 +77,26 @@ impl Entrance {
         self.arrived.len() + self.asked.len() + self.taken.len()
     }
 
-    /// Never waits. `Full` hands back what was dropped, as every fair channel does.
+    /// Never waits. `Full` returns the execution that was dropped, as every fair channel does.
     #[expect(clippy::result_large_err, reason = "it is counted as a loss, and then dropped")]
     pub(crate) fn try_send(&self, execution: Execution) -> Result<(), TrySendError<Execution>> {
         self.arrived.try_send(execution)
     }
 }
 
-/// The thread's own part.
+/// The state of the thread.
 pub(crate) struct Take {
     shared: Arc<Files>,
     arrived: Receiver<Execution>,
-    /// Asked about, and still to be copied.
+    /// Executions whose file has been checked, and is still to be copied.
     asked: Sender<Taken>,
     waiting: Receiver<Taken>,
     taken: Sender<Taken>,
     room: Arc<AtomicUsize>,
 }
 
-/// The thread, where executions enter it, and where they leave it. No more than `limit`
-/// of them wait in each place.
+/// The thread, the entrance for executions, and the queue where they leave. No more than
+/// `limit` of them wait in each queue.
 pub(crate) fn new(shared: Arc<Files>, limit: usize) -> (Take, Entrance, Receiver<Taken>) {
     let (arrived, receive_arrived) = fair::channel(limit);
     let (asked, waiting) = fair::channel(limit);
@@ -108,7 +108,7 @@ pub(crate) fn new(shared: Arc<Files>, limit: usize) -> (Take, Entrance, Receiver
     (take, entrance, receive_taken)
 }
 
-/// Finds the path of a file on a mount of the container's own.
+/// Finds the path of a file on another mount of the container.
 fn place(taken: &mut Taken) {
     let Some(name) = taken.name.take() else { return };
     let Execution { watched, stat, caller, .. } = &taken.execution;
@@ -117,12 +117,12 @@ fn place(taken: &mut Taken) {
 }
 
 impl Take {
-    /// Where executions wait for this thread.
+    /// The queue in which executions wait for this thread.
     pub(crate) fn arrived(&self) -> Receiver<Execution> {
         self.arrived.clone()
     }
 
-    /// The same for another thread that takes this one's place.
+    /// The same state for another thread that replaces this one.
     pub(crate) fn again(&self) -> Take {
         Take {
             shared: self.shared.clone(),
@@ -135,8 +135,8 @@ impl Take {
     }
 
     pub(crate) fn run(self) {
-        // A file can be changed back within microseconds. Without CAP_SYS_NICE it runs
-        // like the others, and is late more often.
+        // A file can be changed back within microseconds. Without CAP_SYS_NICE this thread
+        // runs like the others, and is late more often.
         let _ = rustix::process::setpriority_process(None, -10);
         while let Some(execution) = self.shared.next_to_tell(&self.arrived) {
             self.ask(execution);
@@ -144,14 +144,14 @@ impl Take {
             while let Ok(mut one) = self.waiting.recv_timeout(Duration::ZERO) {
                 self.copy(&mut one);
                 place(&mut one);
-                one.look.release();
+                one.writer_check.release();
                 self.hand_on(&self.taken, one);
                 self.ask_others();
             }
         }
     }
 
-    /// What waits to be copied.
+    /// The queue of files that wait to be copied.
     pub(crate) fn waits(&self) -> Arc<dyn Waits> {
         self.waiting.waits()
     }
@@ -160,7 +160,7 @@ impl Take {
         while let Ok(execution) = self.arrived.recv_timeout(Duration::ZERO) {
             self.ask(execution);
         }
-        // What is done between is not the last one's cost.
+        // The work in between is not charged to the owner of the last one.
         self.arrived.finish();
     }
 
@@ -168,7 +168,7 @@ impl Take {
         let early = execution.name.take();
         let Execution { watched, filesystem, file, stat, caller, .. } = &execution;
         threads::about(&watched.container);
-        let mut look = Look::default();
+        let mut writer_check = WriterCheck::default();
         let mut name = None;
         // The mounts by which the file was reached may be gone with the process.
         let parent = caller.stat.as_ref().map(|stat| stat.parent);
@@ -179,7 +179,8 @@ impl Take {
                         paths::event_path(watched, &fd, stat, caller.pid, parent)
                             .map(|path| (path, true))
                     }
-                    // First it is closed: whoever unmounts it would be refused.
+                    // It is closed first: while it is open, a process that unmounts it is
+                    // refused.
                     Filesystem::Tmpfs
                     | Filesystem::Volume
                     | Filesystem::Anonymous
@@ -189,11 +190,11 @@ impl Take {
                     }
                 };
                 let known = path.as_ref().ok().map(|(path, _)| path);
-                look = Look::at(&self.shared, &execution, known);
+                writer_check = WriterCheck::at(&self.shared, &execution, known);
                 watched.give_back(file, fd);
                 path
             }
-            // The container has ended, and with it the mounts that say more.
+            // The container has ended, and with it the mounts that show more.
             Left::Name(Some(name)) => {
                 let below_root = overlay::strip_directory(&name, &watched.root_name);
                 RootfsPath::new(below_root.unwrap_or(&name))
@@ -207,19 +208,19 @@ impl Take {
             }
             Left::Name(None) => Err(UnknownPath::NotAbsolute),
         };
-        let taken = Taken { execution, path, name, look, could_change: None };
+        let taken = Taken { execution, path, name, writer_check, could_change: None };
         self.hand_on(&self.asked, taken);
     }
 
     /// Copies a small file, so that it can be closed.
     fn copy(&self, taken: &mut Taken) {
-        let Taken { execution, path, name, look, could_change } = taken;
+        let Taken { execution, path, name, writer_check, could_change } = taken;
         let Execution { watched, file, stat, .. } = execution;
         if stat.size > self.shared.settings.max_hash_bytes {
             return;
         }
         if file.is_copied() {
-            *could_change = Some(look.had_writer());
+            *could_change = Some(writer_check.had_writer());
             return;
         }
         let Some(mut copy) = Copy::begin(&self.room, stat) else { return };
@@ -229,14 +230,15 @@ impl Take {
             return;
         }
         if name.is_some() {
-            *could_change = Some(look.had_writer());
+            *could_change = Some(writer_check.had_writer());
         } else if let (Ok(now), Ok((path, _))) = (file::stat(&fd), path) {
-            *could_change = Some(look.could_change(&self.shared, watched, path, stat, &now));
+            *could_change =
+                Some(writer_check.could_change(&self.shared, watched, path, stat, &now));
         }
         if *could_change == Some(false) {
             file.keep(copy);
         } else {
-            // It is read again where it is hashed, until it holds still.
+            // It is read again where it is hashed, until it is stable.
             watched.give_back(file, fd);
         }
     }

@@ -1,19 +1,20 @@
-//! The second pair of eyes: what has run, by the kernel's own records.
+//! The trace: what has run, by the kernel's own records.
 //!
-//! The gate is asked before a file is executed that lies on a filesystem it has
-//! marked. This thread reads that something *was* executed, whatever it lay on, and
-//! hands on what the gate cannot have seen: memfds, filesystems mounted in mount
-//! namespaces of the container's own, mounts that could not be marked.
+//! The gate is asked before a file on a filesystem with its mark is executed. This thread
+//! reads that a file *was* executed, on whatever filesystem, and hands on what the gate cannot
+//! have seen: memfds, filesystems mounted in mount namespaces of the container's own, mounts
+//! that could not be marked.
 //!
 //! ```text
-//! kernel ── rings ──> in order of time ── on a marked filesystem? ──> the gate has told it
-//!                          │                    └ no ── whose? ──> unseen (hashed there)
+//! kernel ── rings ──> in order of time ── on a marked filesystem? ──> the gate reports it
+//!                          │                    └ no ── container? ──> unseen (hashed there)
 //!                          └── what containers run and map ──> consumers
 //! ```
 //!
-//! What is ordinary costs a look-up or two here and nothing in /proc. Whose a
-//! process is, is remembered from its birth on, so that it is known of those that
-//! are gone before anybody looks.
+//! An ordinary execution costs a look-up or two here and nothing in /proc. The container of a
+//! process is remembered from its birth on, so that it is known also when the process is gone
+//! before /proc is read. This thread must not hash files or describe processes: records wait
+//! in rings of a fixed size.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -44,20 +45,20 @@ use crate::watch::process::records::{self, TraceConsumer};
 use crate::watch::process::roots::Arrived;
 use crate::watch::sessions::runtimes;
 
-/// Where all files that may wait do, a container may have so many all the same.
+/// When as many files wait as may, each container may still have this many of them.
 const FEW_FILES: usize = 8;
 
 /// How long a turn lasts when nothing happens.
 const TURN: Duration = Duration::from_millis(250);
-/// How long records wait for those that another processor wrote before them.
+/// How long records wait for earlier ones from other processors.
 const SETTLE: Duration = Duration::from_millis(1);
-/// How soon the rings are read again after there was something in them: what a new
-/// program maps wakes nobody, and the program may end as soon as it has.
+/// How soon the rings are read again after they held records: the mappings of a new program
+/// do not wake this thread, and the program may end right after them.
 const SOON: Duration = Duration::from_millis(5);
-/// How often it is asked whether processors have come or gone.
-const LOOK_FOR_PROCESSORS: Duration = Duration::from_secs(1);
+/// How often the thread checks whether processors have come or gone.
+const CHECK_PROCESSORS: Duration = Duration::from_secs(1);
 /// For how long a process that has ended is remembered: its first thread can end,
-/// and another one of its threads become a program under its number.
+/// and then another of its threads can become a program under its pid.
 const REMEMBERED: u64 = 1_000_000_000;
 /// More processes than this are not remembered.
 const MAX_PROCESSES: usize = 64 * 1024;
@@ -65,33 +66,33 @@ const MAX_PROCESSES: usize = 64 * 1024;
 pub(crate) struct Trace {
     shared: Arc<Exec>,
     unseen: Sender<Box<Unseen>>,
-    /// What has waited for the record of its execution.
+    /// Takes the executions that have waited for their record.
     proven: Sender<Described>,
-    /// How many files may be held open for who hashes them.
+    /// How many files may be held open for the thread that hashes them.
     max_files: usize,
     consumers: Vec<Box<dyn TraceConsumer>>,
     processes: HashMap<u32, Known>,
     ended: VecDeque<(u64, u32)>,
     memfd_device: Option<u64>,
-    /// What the host's root is on.
+    /// The device of the host's root.
     host_device: Option<u64>,
-    /// The kernel tells an overlay's own device of what is mapped from it. Before
-    /// 6.18 it may tell that of the file below.
-    tells_overlays: bool,
+    /// For a file mapped from an overlay the kernel reports the overlay's own device. Before
+    /// 6.18 it may report the device of the file below.
+    reports_overlays: bool,
     /// Executions of containers in this turn whose arguments were not recorded.
     without_arguments: u64,
 }
 
-/// The kernel had no room for so many records of arguments, and does not report whose
-/// they were: how many are counted as containers', and how many as the host's. No more can
-/// be containers' than their executions that came without arguments.
+/// Divides lost records of arguments into those of containers and those of the host. The
+/// kernel had no room for them and does not report whose they were. The containers' share
+/// cannot exceed the number of their executions that came without arguments.
 fn shares(lost: u64, without_arguments: u64) -> (u64, u64) {
     let of_containers = without_arguments.min(lost);
     (of_containers, lost - of_containers)
 }
 
-/// Whether a process runs a program of the container that it is in. Of one that is on
-/// its way there, or ending, that cannot be said.
+/// Whether a process runs a program of the container that it is in. False also for a process
+/// that is on its way there, or ending.
 fn runs_own_program(pid: u32) -> bool {
     Handle::open(pid)
         .is_ok_and(|handle| !outside::runs_program_of_host(&handle) && handle.open_exe().is_ok())
@@ -103,8 +104,8 @@ fn is_of_host(pid: u32) -> bool {
         && procfs::pid_namespace_of(pid).is_ok_and(procfs::is_host_pid_namespace)
 }
 
-/// Whether a process is a container's init, or the child of a child of it. What comes from
-/// outside has its parents there.
+/// Whether a process is a container's init or a descendant of it. The parents of a process
+/// from outside are outside.
 fn descends_from(pid: u32, init: ProcessIdentity) -> bool {
     const MAX_GENERATIONS: usize = 64;
     let parents = std::iter::successors(procfs::read_stat(pid).ok(), |stat| {
@@ -113,8 +114,8 @@ fn descends_from(pid: u32, init: ProcessIdentity) -> bool {
     parents.take(MAX_GENERATIONS).any(|stat| stat.identity == init)
 }
 
-/// Whose a process is that has opened a session: it may have ended, and who has come by
-/// `chroot` alone is in no namespace of a container's.
+/// The container of a process that has opened a session. The process may have ended, and one
+/// that has come by `chroot` alone is in no namespace of a container.
 fn of_session(shared: &Exec, pid: u32) -> Option<Arc<Watched>> {
     let roots = shared.roots();
     let (container, identity) = roots.opened_by(pid)?;
@@ -140,7 +141,7 @@ impl Trace {
             ended: VecDeque::new(),
             memfd_device: file::memfd_device().ok(),
             host_device: file::stat_path("/").ok().map(|root| root.device),
-            tells_overlays: false,
+            reports_overlays: false,
             without_arguments: 0,
         }
     }
@@ -156,12 +157,12 @@ impl Trace {
 
     fn read_rings(&mut self, mut rings: Rings) {
         let mut records = Vec::new();
-        let mut last_look = Instant::now();
+        let mut last_check = Instant::now();
         let mut is_busy = false;
         let mut is_last = false;
         let mut lost_arguments = rings.lost_arguments();
         while !is_last {
-            // What happened before a stop is told.
+            // Events from before a stop are still reported.
             is_last = self.shared.is_stopping();
             let turn = match (records.is_empty(), is_busy) {
                 _ if is_last => Duration::ZERO,
@@ -170,22 +171,24 @@ impl Trace {
                 (true, false) => TURN,
             };
             let has_gone = threads::idle(|| rings.wait(turn));
-            if has_gone || last_look.elapsed() >= LOOK_FOR_PROCESSORS {
-                last_look = Instant::now();
+            if has_gone || last_check.elapsed() >= CHECK_PROCESSORS {
+                last_check = Instant::now();
                 match rings.follow_processors() {
                     Ok(false) => (),
-                    Ok(true) => self.lose("a processor came or went: what ran there was not read"),
+                    Ok(true) => self.lose(
+                        "a processor came or went: the records of what ran there were not read",
+                    ),
                     Err(err) => self.lose(&format!("a processor's records cannot be read: {err}")),
                 }
                 if has_gone {
-                    // Also if it has not: a ring that says so would say it at once again.
+                    // Also if no processor has gone: the ring would report it again at once.
                     std::thread::sleep(SETTLE);
                 }
             }
-            // Whatever happened before this is in one of the rings by now.
+            // All events from before this moment are in one of the rings by now.
             let horizon = perf::now();
             if let Err(err) = rings.read(&mut records) {
-                self.lose(&format!("the kernel's records are not understood: {err}"));
+                self.lose(&format!("the kernel's records cannot be parsed: {err}"));
             }
             let lost_before = std::mem::replace(&mut lost_arguments, rings.lost_arguments());
             records.sort_by_key(Record::time);
@@ -211,7 +214,7 @@ impl Trace {
         let mut records = Vec::new();
         let mut is_last = false;
         while !is_last {
-            // What happened before a stop is told.
+            // Events from before a stop are still reported.
             is_last = self.shared.is_stopping();
             let turn = if is_last { Duration::ZERO } else { TURN };
             threads::idle(|| connector.wait(turn));
@@ -250,14 +253,14 @@ impl Trace {
             && ended.saturating_add(REMEMBERED) < now
         {
             self.ended.pop_front();
-            // Another of its threads may be in an execve for longer than that.
+            // Another of its threads may be in an execve for a longer time.
             let (over, goes_on) = self.shared.unproven().ended(pid, procfs::has_threads);
-            over.iter().for_each(|one| content::look_at_file(&self.shared, one.place()));
+            over.iter().for_each(|one| content::check_file(&self.shared, one.place()));
             if goes_on {
                 self.ended.push_back((now, pid));
                 continue;
             }
-            // The number may be another process's by now.
+            // Another process may have this pid by now.
             if self.processes.get(&pid).is_some_and(|known| known.ended) {
                 self.processes.remove(&pid);
             }
@@ -269,7 +272,7 @@ impl Trace {
             for (watched, number) in known::make_room(&mut self.processes, MAX_PROCESSES) {
                 let detail = format!(
                     "it has more processes than are remembered: {number} are looked up again, \
-                     and those that have ended cannot be"
+                     except those that have ended"
                 );
                 self.shared.lose(Failure::TraceLost, Some(&watched), &detail);
             }
@@ -339,7 +342,7 @@ impl Trace {
             }
         }
         if watched.is_none() {
-            // Before another one had this number.
+            // An entry under this pid belongs to an earlier process.
             self.shared.births().forget(pid);
         }
         let parent = Some(parent);
@@ -349,16 +352,16 @@ impl Trace {
         *self.known(pid) = known;
     }
 
-    /// Looks up of which container a process is that has made another one.
+    /// Looks up the container of a process that has made another one.
     fn look_up_parent(&mut self, parent: u32, containers: u64) {
-        // It was there before us, or before its container was known.
+        // The process was there before this thread, or before its container was known.
         let watched = self.look_up(parent);
         let is_of_host = is_of_host(parent);
         let runs_own = watched.is_some() && runs_own_program(parent);
         let program = self.processes.get(&parent).and_then(|it| it.program.clone());
         let ran_in = program.and_then(|it| self.shared.table.by_device(it.device));
-        // It came from outside; by the records it has become one of the
-        // container's programs since, when that was not known yet.
+        // The process came from outside. By the records it has become one of the container's
+        // programs since, when its container was not known yet.
         let is_own = |watched: &Arc<Watched>| {
             ran_in.is_some_and(|ran_in| Arc::ptr_eq(&ran_in, watched))
                 || descends_from(parent, watched.init)
@@ -380,7 +383,7 @@ impl Trace {
             self.ended.push_back((time, pid));
         }
         self.shared.table.ended(pid);
-        // It has tried what it was not let execute.
+        // What is left are files that it tried to execute in vain.
         drop(self.shared.take_asked(pid, time));
         for consumer in &mut self.consumers {
             consumer.exited(&self.shared, pid, time);
@@ -424,9 +427,9 @@ impl Trace {
         watched
     }
 
-    /// Whose a process is that still lives, by what /proc says.
+    /// The container of a process that still lives, by /proc.
     fn look_up(&self, pid: u32) -> Option<Arc<Watched>> {
-        // Most are the host's own: two looks tell them.
+        // Most are the host's own: two links in /proc show that.
         if procfs::is_host_mount_namespace(procfs::mount_namespace_of(pid).ok()?)
             && procfs::is_host_pid_namespace(procfs::pid_namespace_of(pid).ok()?)
         {
@@ -441,7 +444,7 @@ impl Trace {
         let Before { was_resident, is_made_outside, .. } = before;
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
-        self.tells_overlays |= overlay.is_some();
+        self.reports_overlays |= overlay.is_some();
         let is_entry = overlay.as_ref().is_some_and(|overlay| {
             overlay.init.pid == executed.pid && !overlay.entry_is_recorded()
         });
@@ -449,12 +452,12 @@ impl Trace {
             self.shared.wait_for_gate();
         }
         let asked = self.shared.take_asked(executed.pid, executed.time);
-        let is_told = program.as_ref().is_some_and(|program| {
+        let is_reported = program.as_ref().is_some_and(|program| {
             overlay.as_ref().is_some_and(|overlay| !overlay.has_foreign_layers())
                 || asked.contains(&(program.device, program.inode))
-                || self.examiner().will_be_told(program.device, None, executed)
+                || self.examiner().gate_will_report(program.device, None, executed)
         });
-        // Who made it cannot be changed; what it has joined can.
+        // A process cannot change its descent, but it can join cgroups and namespaces.
         let actor = inherited
             .clone()
             .filter(|_| was_resident)
@@ -464,8 +467,9 @@ impl Trace {
         let owner =
             overlay.or_else(|| self.examiner().owner_of_running(executed, program.as_deref()));
         let is_overlays = owner.is_some();
-        let deed = Deed::new(actor, owner, |inner, outer| deeds::is_within(table, inner, outer));
-        let (watched, file_of) = match deed {
+        let decision =
+            Deed::new(actor, owner, |inner, outer| deeds::is_within(table, inner, outer));
+        let (watched, file_of) = match decision {
             Some(Deed { watched, file_of }) => (Some(watched), file_of),
             None => (None, None),
         };
@@ -473,12 +477,12 @@ impl Trace {
             .or(inherited)
             .or_else(|| of_session(&self.shared, executed.pid))
             .or_else(|| {
-                // It is gone, or was when we looked.
+                // The process is gone, or was when it was looked up.
                 let parent = parent?;
                 let known = self.processes.get(&parent);
                 known.and_then(|known| known.watched.clone())
             });
-        let is_resident = was_resident || is_certain && (is_told || is_overlays);
+        let is_resident = was_resident || is_certain && (is_reported || is_overlays);
         let known = self.known(executed.pid);
         known.watched.clone_from(&watched);
         known.was_looked_up = true;
@@ -494,7 +498,7 @@ impl Trace {
         let has_arrived =
             is_made_outside && self.note_arrival(executed, program.as_deref(), &watched);
         self.note_arguments(executed, program.as_deref(), arguments);
-        self.tell_consumers(executed, program.as_deref(), &watched, parent, has_arrived);
+        self.notify_consumers(executed, program.as_deref(), &watched, parent, has_arrived);
         let execution = Execution {
             watched,
             executed,
@@ -505,10 +509,10 @@ impl Trace {
             was_resident,
             file_of: None,
         };
-        self.hand_on_unseen(execution, file_of, Told { is_told, is_entry, is_overlays });
+        self.hand_on_unseen(execution, file_of, Reported { is_reported, is_entry, is_overlays });
     }
 
-    /// Notes that a process has come from outside, if it has.
+    /// Notes that a process has come from outside, and returns whether it has.
     fn note_arrival(
         &mut self,
         executed: &Executed,
@@ -520,7 +524,7 @@ impl Trace {
         if !is_in_control_group && !self.examiner().sees_root(executed, program, watched) {
             return false;
         }
-        // First: who waits for the arguments may want to know this too.
+        // Before the arguments are noted: threads that wait for them may need this too.
         let arrived = Arrived {
             container: watched.container.clone(),
             pid: executed.pid,
@@ -529,7 +533,7 @@ impl Trace {
             makers: self.examiner().makers(executed.pid),
         };
         self.shared.roots().arrived(arrived);
-        // What it makes from now on was made in the container.
+        // Processes that it makes from now on are made in the container.
         self.known(executed.pid).is_resident = true;
         true
     }
@@ -547,7 +551,7 @@ impl Trace {
         kept.named(executed.pid, &executed.file_name, name);
     }
 
-    fn tell_consumers(
+    fn notify_consumers(
         &mut self,
         executed: &Executed,
         program: Option<&Mapped>,
@@ -566,41 +570,41 @@ impl Trace {
         }
     }
 
-    /// Hands on what the gate cannot have seen of an execution.
+    /// Hands on an execution that the gate cannot have seen.
     fn hand_on_unseen(
         &self,
         mut execution: Execution<'_>,
         file_of: Option<Arc<Watched>>,
-        Told { is_told, is_entry, is_overlays }: Told,
+        Reported { is_reported, is_entry, is_overlays }: Reported,
     ) {
         if let Some(owner) = file_of {
             execution.file_of = Some(owner.container.clone());
-            if let Some(found) = self.examiner().look_at_anothers(&execution, &owner) {
+            if let Some(found) = self.examiner().examine_in_other_root(&execution, &owner) {
                 self.hand_on(found);
             }
             return;
         }
         if is_entry
-            && is_told
+            && is_reported
             && execution.watched.record_entry()
-            && let Some(found) = self.examiner().look_at_entry(&execution)
+            && let Some(found) = self.examiner().examine_entry(&execution)
         {
             found.into_iter().for_each(|found| self.hand_on(found));
             return;
         }
         let by_descriptor = records::descriptor(&execution.executed.file_name);
-        if is_told && by_descriptor.is_none() {
+        if is_reported && by_descriptor.is_none() {
             return;
         }
-        if is_overlays && execution.watched.has_foreign_layers() && !is_told {
-            if let Some(found) = self.examiner().look_at_unread(&execution) {
+        if is_overlays && execution.watched.has_foreign_layers() && !is_reported {
+            if let Some(found) = self.examiner().examine_unread(&execution) {
                 self.hand_on(found);
             }
             return;
         }
-        let found = self.examiner().look_at(&execution).or_else(|| {
-            // The file that was mapped is the interpreter.
-            self.examiner().look_at_script(&execution, by_descriptor?)
+        let found = self.examiner().examine(&execution).or_else(|| {
+            // For a script the mapped file is the interpreter.
+            self.examiner().examine_script(&execution, by_descriptor?)
         });
         if let Some(found) = found {
             self.hand_on(found);
@@ -612,10 +616,10 @@ impl Trace {
     }
 
     fn hand_on(&self, mut unseen: Unseen) {
-        // A container that has few waiting does not pay for another's flood.
+        // A container with few waiting files does not lose by another container's flood.
         let has_many = || self.unseen.len_of(&unseen.watched.container) >= FEW_FILES;
         if self.unseen.len() >= self.max_files && has_many() {
-            // It is told all the same; its content is not known.
+            // The execution is still reported, but without its content.
             unseen.file = None;
             unseen.handle = None;
         }
@@ -635,16 +639,17 @@ impl Trace {
             processes: &self.processes,
             memfd_device: self.memfd_device,
             host_device: self.host_device,
-            tells_overlays: self.tells_overlays,
+            reports_overlays: self.reports_overlays,
         }
     }
 }
 
-/// What the gate reports of an execution.
+/// What is known of an execution before its file is examined.
 #[derive(Clone, Copy)]
-struct Told {
-    is_told: bool,
-    /// Init becomes the entry point.
+struct Reported {
+    /// The gate reports it.
+    is_reported: bool,
+    /// Init becomes the entry point by it.
     is_entry: bool,
     /// The program lies on a container's own overlay.
     is_overlays: bool,
@@ -656,10 +661,10 @@ mod tests {
 
     #[test]
     fn w13_arguments_of_the_hosts_programs_are_counted_apart() {
-        // A build on the host: none of the containers' executions lacks its arguments.
+        // A build on the host: no execution of a container lacks its arguments.
         assert_eq!(shares(70, 0), (0, 70));
         assert_eq!(shares(70, 3), (3, 67));
-        // Read by other means, or not made yet: nothing was lost of them.
+        // Their arguments were read by other means, or come later: none were lost.
         assert_eq!(shares(0, 3), (0, 0));
         assert_eq!(shares(2, 3), (2, 0));
     }

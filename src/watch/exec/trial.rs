@@ -1,10 +1,13 @@
-//! Whether this kernel can be relied upon for the free gate: not its version is
-//! asked, it is tried on an overlay of our own that nobody else sees.
+//! The self-test of the free gate: whether this kernel can be relied upon for it. The version
+//! is not enough; the test runs on an overlay of its own that no other process sees.
 //!
-//! A file of the lower layer is executed (it is no program, but the kernel asks
-//! before it looks), ignored, executed unasked, changed in each of the ways that
-//! copy up, which must be met before it begins, and executed once more: the kernel
-//! must ask.
+//! For each kind of copy-up it executes a file of the lower layer and expects an event. (The
+//! file is no program, but the kernel asks before it reads the file.) It ignores the file,
+//! and expects none for the next execution. It changes the file: the copy-up must be seen
+//! before it begins. Then it executes the file once more: the kernel must ask.
+//!
+//! Owns its directory, mount and groups, and removes them. It must not touch the gate's.
+//! The daemon calls it before it opens the free gate.
 
 use std::fs::{self, OpenOptions};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -21,28 +24,28 @@ use crate::sys::fanotify::{self, Answer, Buffer, Group, Incoming, Permission, Qu
 use crate::sys::file;
 use crate::sys::overlay::{self, CopyUp};
 
-/// Why this kernel, or this machine's state directory, is not up to the free gate.
+/// Why this kernel, or this machine's state directory, does not support the free gate.
 #[derive(Debug, thiserror::Error)]
 pub enum Distrust {
-    #[error("no overlay could be mounted to try it on: {0}")]
+    #[error("no overlay could be mounted for the self-test: {0}")]
     NoOverlay(#[source] io::Error),
     #[error(transparent)]
     NoGroup(#[from] fanotify::Error),
-    #[error("the kernel refuses a mark that it takes: {0}")]
+    #[error("the kernel refuses a mark that the self-test needs: {0}")]
     MarkRefused(#[source] io::Error),
-    #[error("an execution was not asked about")]
+    #[error("an execution caused no permission event")]
     ExecUnseen,
-    #[error("an execution was asked about that was to be ignored")]
+    #[error("an execution caused a permission event although its file was ignored")]
     NotIgnored,
-    #[error("a copy-up ({0}) could not be met before it began")]
+    #[error("a copy-up ({0}) was not seen before it began")]
     CopyUpUnseen(&'static str),
-    #[error("the end of a copy-up ({0}) was not told")]
+    #[error("the end of a copy-up ({0}) was not reported")]
     EndUnseen(&'static str),
-    #[error("the trial failed: {0}")]
+    #[error("the self-test failed: {0}")]
     Broken(#[source] io::Error),
 }
 
-/// How long an event may take that nobody waits for.
+/// How long an event may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,17 +55,17 @@ enum Saw {
     End,
 }
 
-/// Tries it, in a new directory in `scratch`.
+/// Tests the free gate, in a new directory in `scratch`.
 pub fn try_free_gate(scratch: &Path) -> Result<(), Distrust> {
     let directory = scratch.join("gate-trial");
-    // Of one that was interrupted.
+    // An interrupted self-test may have left it.
     let _ = fs::remove_dir_all(&directory);
     let outcome = try_in(&directory);
     let _ = fs::remove_dir_all(&directory);
     outcome
 }
 
-/// The ways to copy a file up, and what does it.
+/// The name of a way to copy a file up, and the change that causes it.
 type Change = (&'static str, fn(&Path) -> io::Result<()>);
 
 const CHANGES: [Change; 4] = [
@@ -108,22 +111,22 @@ fn try_in(directory: &Path) -> Result<(), Distrust> {
     Ok(())
 }
 
-/// Executes what is no program: the kernel asks, and then does not run it.
+/// Executes a file that is no program: the kernel asks, and then refuses to run it.
 fn execute(path: &Path) -> io::Result<()> {
     let outcome =
         Command::new(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
     match outcome {
-        // ETXTBSY: what was open for writing is closed a moment later.
+        // ETXTBSY: a file that was open for writing is closed a moment later.
         Err(err) if matches!(err.raw_os_error(), Some(libc::ENOEXEC | libc::ETXTBSY)) => Ok(()),
         Err(err) => Err(err),
         Ok(mut child) => child.wait().map(drop),
     }
 }
 
-/// Answers everything, ignores what was executed, and tells.
+/// Allows each permission event, ignores each executed file, and reports what it saw.
 struct Witness {
     seen: Receiver<Saw>,
-    /// Closed, it ends the thread, and with that the groups are closed.
+    /// When this is dropped, the thread ends and closes the groups.
     _stop: Sender<()>,
 }
 
@@ -137,11 +140,11 @@ impl Witness {
             .and_then(|()| copy_ups.mark_children(work.as_fd(), libc::FAN_OPEN_PERM))
             .and_then(|()| gate.mark_filesystem(mount.as_fd(), libc::FAN_OPEN_EXEC_PERM))
             .map_err(Distrust::MarkRefused)?;
-        let (tell, seen) = unbounded();
+        let (sender, seen) = unbounded();
         let (stop, stopped) = bounded(0);
-        // Not waited for, should the kernel keep it: the groups are its own.
+        // The thread is not joined, in case the kernel blocks it: it owns the groups.
         thread::Builder::new()
-            .name("gate-trial".into())
+            .name("gate-self-test".into())
             .spawn(move || {
                 let mut buffer = Buffer::new();
                 while stopped.try_recv() == Err(TryRecvError::Empty) {
@@ -159,7 +162,7 @@ impl Witness {
                                 Incoming::Notification(_) => Some(Saw::End),
                                 Incoming::Overflow => None,
                             };
-                            saw.and_then(|saw| tell.send(saw).ok());
+                            saw.and_then(|saw| sender.send(saw).ok());
                         }
                     }
                 }
@@ -168,7 +171,7 @@ impl Witness {
         Ok(Witness { seen, _stop: stop })
     }
 
-    /// Waits until something is seen; what else is seen meanwhile is forgotten.
+    /// Waits until `wanted` is seen, and drops whatever else is seen meanwhile.
     fn expect(&self, wanted: Saw) -> Option<()> {
         let deadline = Instant::now() + PATIENCE;
         while let Ok(saw) = self.seen.recv_deadline(deadline) {

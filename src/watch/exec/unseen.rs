@@ -1,5 +1,8 @@
-//! Programs of containers that the gate was not asked about: who ran them, and what
-//! they hold. Also those that a look at the running processes finds.
+//! Describes, hashes and reports the programs of containers that the gate was not asked about.
+//!
+//! The `trace` thread finds them and hands them on; this thread describes their processes,
+//! reads the files in slices, and drops the programs of container runtimes on their way in.
+//! It must not decide whether the gate has seen an execution: `examine` does.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -31,29 +34,29 @@ pub(crate) struct Unseen {
     pub(crate) watched: Arc<Watched>,
     pub(crate) at: Timestamp,
     pub(crate) filesystem: Filesystem,
-    /// As its process sees it, ` (deleted)` and all.
+    /// As its process sees it, including ` (deleted)`.
     pub(crate) name: Vec<u8>,
-    /// `None` if the process was gone. With the proof that it can be read, if it can.
+    /// `None` if the process was gone. With the proof that the file can be read, if it can.
     pub(crate) file: Option<(Held, Option<Local>)>,
     pub(crate) handle: Option<Handle>,
     pub(crate) pid: u32,
-    /// When, by the clock of the kernel's records.
+    /// When it was executed, by the clock of the kernel's records.
     pub(crate) executed: u64,
     pub(crate) parent: Option<u32>,
     pub(crate) exec_name: Vec<u8>,
-    /// Its process runs an interpreter.
+    /// The file is a script: its process runs an interpreter.
     pub(crate) is_script: bool,
-    /// What the process, or who made it, ran before: only if who made it is in no
+    /// The program that the process or its parent ran before. Only if the parent is in no
     /// container.
     pub(crate) previous: Option<Arc<Mapped>>,
     pub(crate) is_parent_outside: bool,
-    /// The container in whose root the program lies, where that is another one.
+    /// The container in whose root the program lies, if that is another container.
     pub(crate) file_of: Option<ContainerId>,
     pub(crate) progress: Option<Box<InProgress>>,
 }
 
-/// A program whose process has been described and that is being read, put aside
-/// between two slices.
+/// A program that is put aside between two slices of its reading. Its process has been
+/// described.
 #[derive(Debug)]
 pub(crate) struct InProgress {
     process: Process,
@@ -67,16 +70,16 @@ impl Owned for Unseen {
     }
 }
 
-/// Describes and hashes what was executed.
+/// The thread: describes, hashes and reports each program.
 pub(crate) fn run(shared: &Files, unseen: &Receiver<Box<Unseen>>) {
     let mut runtimes = Runtimes::default();
     let room = copy::room();
-    // What it looks at is closed the sooner. Without CAP_SYS_NICE it runs like the others.
+    // So that files are closed sooner. Without CAP_SYS_NICE it runs like the others.
     let _ = rustix::process::setpriority_process(None, -5);
     while let Some(mut one) = shared.next_to_tell(unseen) {
         let used = fair::processor_time();
         match read_on(shared, &room, &mut one) {
-            Some((process, state)) => tell(shared, &mut runtimes, *one, process, state),
+            Some((process, state)) => report(shared, &mut runtimes, *one, process, state),
             None => {
                 unseen.put_back(one);
                 shared.spend(fair::processor_time().saturating_sub(used));
@@ -86,8 +89,8 @@ pub(crate) fn run(shared: &Files, unseen: &Receiver<Box<Unseen>>) {
     }
 }
 
-/// Describes who has executed it, and then reads a slice of what it holds. `None`:
-/// there is more to read.
+/// Describes the process that has executed it, and then reads a slice of the file. Returns
+/// `None` if there is more to read.
 fn read_on(
     shared: &Files,
     room: &Arc<AtomicUsize>,
@@ -102,10 +105,10 @@ fn read_on(
         }
         None => {
             let copied = copy(unseen, room, max_hash_bytes);
-            // Before it is hashed: it may be ending.
+            // Before the file is hashed: the process may be ending.
             let mut process = describe(unseen, copied.as_ref().map(|(_, stat)| *stat));
             if process.argv.is_none() {
-                // The record that it was handed on for has been read, and so has this one.
+                // `trace` has read the record of the execution, and so that of the arguments.
                 let Unseen { pid, executed, .. } = *unseen;
                 process.argv = recorded::recorded(shared, pid, executed, executed);
             }
@@ -137,7 +140,7 @@ fn read_on(
     }
 }
 
-/// Copies a small file and closes it: open, it keeps its mount busy.
+/// Copies a small file and closes it: an open file keeps its mount busy.
 fn copy(unseen: &mut Unseen, room: &Arc<AtomicUsize>, max_hash_bytes: u64) -> Option<(Copy, Stat)> {
     let (Held { fd, stat }, local) = unseen.file.as_ref()?;
     if stat.size > max_hash_bytes {
@@ -149,7 +152,7 @@ fn copy(unseen: &mut Unseen, room: &Arc<AtomicUsize>, max_hash_bytes: u64) -> Op
     Some(copied)
 }
 
-fn tell(
+fn report(
     shared: &Files,
     runtimes: &mut Runtimes,
     unseen: Unseen,
@@ -165,7 +168,7 @@ fn tell(
                 &state,
                 max_hash_bytes,
             ),
-            // Or from a mount that nobody else sees.
+            // A runtime can also run from a mount that no other process sees.
             Filesystem::Volume => runtimes.is_installed(&state, max_hash_bytes),
             Filesystem::Tmpfs | Filesystem::Overlay | Filesystem::Container => false,
         };
@@ -191,19 +194,19 @@ fn tell(
             shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
         Err(why) => {
-            let detail = format!("the path of an executed file cannot be told: {why}");
+            let detail = format!("the path of an executed file cannot be determined: {why}");
             shared.lose(Failure::EventUnreadable, Some(&watched), &detail);
         }
     }
 }
 
-/// `copied` is what is known of a file that is closed already.
+/// `copied` is the state of a file that was copied and is closed already.
 fn describe(unseen: &Unseen, copied: Option<Stat>) -> Process {
     let Unseen { watched, name, handle, pid, parent, file, .. } = unseen;
     let stat = copied.or(file.as_ref().map(|(held, _)| held.stat));
     if let Some(handle) = handle {
         let mut process = describe::as_it_is(handle, watched);
-        // It may have gone on to another program meanwhile; a script's is another file.
+        // It may run another program by now. With a script that is always another file.
         if !unseen.is_script
             && let Some(stat) = stat
             && let Ok(now) = handle.open_exe().and_then(file::stat)
@@ -214,7 +217,7 @@ fn describe(unseen: &Unseen, copied: Option<Stat>) -> Process {
         }
         return process;
     }
-    // Of a process that is gone, its parent still tells something.
+    // The process is gone, but its parent may still be known.
     let ancestors = parent.map(|parent| describe::ancestors_from(parent, watched));
     Process {
         identity: ProcessIdentity { pid: *pid, start_time: 0 },

@@ -1,23 +1,25 @@
-//! Whether what an executed file holds now is what it held when it was executed.
+//! Whether an executed file holds now what it held when it was executed.
 //!
-//! The kernel lets nobody execute a file that is open for writing, and lets nobody
-//! open a running program for writing. An overlay has a hole there: a shared mapping
-//! belongs to the file of the upper layer, the check to the overlay's own inode. So a
-//! process can open a program for writing, map it, close it, store other bytes, have
-//! it executed, and put the old bytes back. Neither an event nor a time shows this:
-//! the times of a file move when a clean page is first stored to, and then not until
-//! that page has been written back.
+//! The kernel refuses to execute a file that is open for writing, and refuses to open a
+//! running program for writing. An overlay has a gap there: a shared mapping belongs to the
+//! file of the upper layer, but the check to the overlay's own inode. So a process can open a
+//! program for writing, map it, close it, store other bytes, have it executed, and restore the
+//! old bytes. Neither an event nor a time shows this: the times of a file move when a clean
+//! page is first stored to, and then not until that page has been written back.
 //!
-//! Three observations leave little room:
+//! Three observations close most of this gap:
 //!
-//! - Nobody has the upper file open or mapped for writing: the kernel grants a lease
-//!   (`sys::lease`). This is asked as soon as the gate has handed the file on.
+//! - No process has the upper file open or mapped for writing: the kernel grants a lease
+//!   (`sys::lease`). The lease is requested as soon as the gate has handed the file on.
 //! - No writer has gone between the execution and that moment (`closings`).
-//! - The file's times are the same after it was read as when the gate was asked. A new
+//! - The file's times after it was read are those from when the gate was asked. A new
 //!   writer has to store to a page that it has not mapped yet, which moves them. (Since
-//!   Linux 6.13 each change after a look has a time of its own; before, two changes
-//!   within a tick of the clock can share one.) Times that move without a writer are
+//!   Linux 6.13 each change after the times were read gets a time of its own; before, two
+//!   changes within a tick of the clock can share one.) Times that move without a writer are
 //!   those of a file that was renamed, removed, or given another mode or owner.
+//!
+//! It must not hash or report anything: `take` and `described` ask it while they read the
+//! file.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -33,11 +35,11 @@ use crate::watch::files::upper;
 
 /// What was observed of the writers of an executed file.
 #[derive(Debug, Default)]
-pub(crate) struct Look {
-    /// Somebody could write to it while it was executed.
+pub(crate) struct WriterCheck {
+    /// A process could write to it while it was executed.
     had_writer: bool,
-    /// The kernel tells of what happens to this file.
-    was_told: bool,
+    /// The kernel reports events of this file.
+    is_observed: bool,
     is_own: bool,
     upper: Option<Upper>,
     pid: u32,
@@ -46,28 +48,33 @@ pub(crate) struct Look {
 
 #[derive(Debug)]
 struct Upper {
-    /// Until it was read, if that is at once.
+    /// Open until the file was read, if it is read at once.
     fd: Option<OwnedFd>,
     file: FileHandle,
     directory: FileHandle,
 }
 
-impl Look {
-    /// Looks at a file that is executed now. Only those of the container's own layer
-    /// can be taken for the image's.
-    pub(crate) fn at(shared: &Files, execution: &Execution, path: Option<&RootfsPath>) -> Look {
+impl WriterCheck {
+    /// Checks a file that is being executed. Only a file of the container's own layer can
+    /// be mistaken for one of the image.
+    pub(crate) fn at(
+        shared: &Files,
+        execution: &Execution,
+        path: Option<&RootfsPath>,
+    ) -> WriterCheck {
         let Execution { watched, filesystem, stat, layer_file, caller, .. } = execution;
         let is_own = *filesystem == Filesystem::Overlay && layer_file.is_none();
-        let mut look = Look { is_own, pid: caller.pid, asked: caller.asked, ..Look::default() };
-        let Some(path) = path.filter(|_| is_own) else { return look };
-        let Some(fd) = upper::upper(watched, path, stat) else { return look };
+        let mut check =
+            WriterCheck { is_own, pid: caller.pid, asked: caller.asked, ..WriterCheck::default() };
+        let Some(path) = path.filter(|_| is_own) else { return check };
+        let Some(fd) = upper::upper(watched, path, stat) else { return check };
         let has_writer = lease::has_writer(fd.as_fd());
-        look.upper = Upper::of(shared, watched, path, fd);
-        if let (Ok(has_writer), writers) = (has_writer, look.writers(shared)) {
-            look.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
-            look.was_told = writers.is_some_and(|writers| writers.was_told);
+        check.upper = Upper::of(shared, watched, path, fd);
+        if let (Ok(has_writer), writers) = (has_writer, check.writers(shared)) {
+            check.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
+            check.is_observed = writers.is_some_and(|writers| writers.was_told);
         }
-        look
+        check
     }
 
     fn writers(&self, shared: &Files) -> Option<Writers> {
@@ -76,8 +83,8 @@ impl Look {
         Some(shared.closings.writers(&executed))
     }
 
-    /// Whether the file may have held something else when it was executed than what
-    /// was read of it until now. `now` is what is open.
+    /// Whether the file may have held something else when it was executed than what was
+    /// read from it. `now` is the state of the open file after the reading.
     pub(crate) fn could_change(
         &self,
         shared: &Files,
@@ -91,7 +98,7 @@ impl Look {
         }
         let had_none = || {
             if before.links.max(now.links) > 1 {
-                // By another name it could be changed where nobody listens.
+                // By another name it can be changed in a directory that has no mark.
                 return None;
             }
             let has_writer = match &self.upper.as_ref()?.fd {
@@ -99,20 +106,21 @@ impl Look {
                 None => lease::has_writer(upper::upper(watched, path, now)?.as_fd()),
             };
             let writers = self.writers(shared)?;
-            let is_told = self.was_told || writers.was_told;
-            Some(!has_writer.ok()? && is_told && writers.none_since)
+            let is_observed = self.is_observed || writers.was_told;
+            Some(!has_writer.ok()? && is_observed && writers.none_since)
         };
         !had_none().unwrap_or(false)
     }
 
-    /// Closes what would wait for a file that is not read at once.
+    /// Closes the upper file, which would stay open as long as the executed file waits to be
+    /// read.
     pub(crate) fn release(&mut self) {
         if let Some(upper) = &mut self.upper {
             upper.fd = None;
         }
     }
 
-    /// The same of a file that was not read.
+    /// Whether a process could write to the file, where it was not read.
     pub(crate) fn had_writer(&self) -> bool {
         self.had_writer
     }
