@@ -338,8 +338,8 @@ const MAY_ASK: &[(&str, &str, &str)] = &[
     ("find.rs", "is_overlay(", "a file on a filesystem that carries driftd's marks"),
     ("lower.rs", "Dir::read_from", "a directory below an image's layer, held already"),
     ("lower.rs", "readlinkat", "a link of an image's layer, in a directory that is held"),
-    ("trial.rs", "OpenOptions", "driftd's own files"),
-    ("trial.rs", "fs::", "driftd's own files"),
+    ("self_test.rs", "OpenOptions", "driftd's own files"),
+    ("self_test.rs", "fs::", "driftd's own files"),
 ];
 
 #[test]

@@ -41,7 +41,7 @@ pub use self::control::arm::Scope;
 pub use self::core::message::{Error, SensorCommand, SensorEvent};
 pub use self::core::trust::{Trust, Verdict};
 pub use self::exec::recorder::Executions;
-pub use self::exec::trial::{Distrust, try_free_gate};
+pub use self::exec::self_test::{Distrust, try_free_gate};
 
 use self::code::libraries::Loading;
 use self::code::started::Started;
@@ -63,12 +63,12 @@ use self::files::shared::Files;
 use self::files::{changes, feed, packages, scan};
 use self::mounts::marking;
 use self::mounts::marks::ExecMarks;
-use self::process::activity::Act;
+use self::process::activity::Activity;
 use self::process::records::TraceConsumer;
 use self::process::seen::Seen;
 use self::process::shared::Processes;
 use self::sessions::shared::Sessions;
-use self::sessions::{acts, attachments};
+use self::sessions::{attachments, follow};
 use crate::config;
 use crate::gate::{Events, Gate, Marks, Stopper};
 use crate::health::{Backlogs, Failure, Health};
@@ -105,7 +105,7 @@ pub struct Watch {
     gate: std::process::Child,
     stopper: Stopper,
     /// The gate holds no runtime invocation until a thread takes them.
-    invocations: Option<Receiver<gate::Call>>,
+    invocations: Option<Receiver<gate::Invocation>>,
     gate_turns: Arc<AtomicU64>,
 }
 
@@ -173,7 +173,7 @@ impl Watch {
         let (recorder, executions) = Recorder::open();
         note_executions(&shared, &executions);
 
-        let (calls, receive_invocations) = bounded(arm::QUEUE);
+        let (invocations, receive_invocations) = bounded(arm::QUEUE);
         let mut watch = Watch {
             shared: shared.clone(),
             marker: marker.clone(),
@@ -195,7 +195,7 @@ impl Watch {
         watch.start_consumers(&queues)?;
         watch.start_listeners(receive_activity)?;
         watch.start_trace(&queues, recorder)?;
-        watch.start_gate(&queues, &gate_marks, &pulse, (events, calls), exec_feed)?;
+        watch.start_gate(&queues, &gate_marks, &pulse, (events, invocations), exec_feed)?;
         drop(queues);
         let thread = feed::Feed { group: feed, shared: files, in_image: HashMap::new() };
         watch.spawn("feed", Role::Owner, None, || thread.run())?;
@@ -245,7 +245,7 @@ impl Watch {
     }
 
     /// Starts the threads that receive the kernel's events about files and sessions.
-    fn start_listeners(&mut self, activity: Receiver<Box<Act>>) -> Result<(), Error> {
+    fn start_listeners(&mut self, activity: Receiver<Box<Activity>>) -> Result<(), Error> {
         let ours = self.shared.clone();
         self.spawn("names", Role::Owner, None, move || changes::run(&ours))?;
         let ours = self.shared.clone();
@@ -256,7 +256,7 @@ impl Watch {
         self.spawn("terminals", Role::Owner, None, move || ours.terminals.run(&ours))?;
         let ours = self.shared.clone();
         let depth = threads::depth_of(&activity);
-        self.spawn("sessions", Role::Owner, Some(depth), move || acts::run(&ours, &activity))
+        self.spawn("sessions", Role::Owner, Some(depth), move || follow::run(&ours, &activity))
     }
 
     /// Starts the threads that read the kernel's records.
@@ -274,7 +274,7 @@ impl Watch {
             Box::new(libraries::Tracing::new(queues.loadings.0.clone(), queues.started.0.clone())),
             Box::new(packages::Descent::new(processes.clone())),
             Box::new(processes::Entries::new(processes.clone())),
-            Box::new(acts::Acts::default()),
+            Box::new(follow::SessionActivity::default()),
         ];
         let (unseen, proven) = (queues.unseen.0.clone(), queues.described.0.clone());
         let trace = Trace::new(self.shared.clone(), unseen, proven, queues.limit, consumers);
@@ -287,7 +287,7 @@ impl Watch {
         queues: &Queues,
         marks: &Marks,
         pulse: &Arc<Pulse>,
-        (events, calls): (Events, Sender<gate::Call>),
+        (events, invocations): (Events, Sender<gate::Invocation>),
         exec_feed: Option<Arc<Group>>,
     ) -> Result<(), Error> {
         let shared = self.shared.clone();
@@ -296,13 +296,13 @@ impl Watch {
             marks: marks.clone(),
             pulse: pulse.clone(),
             content: queues.content.clone(),
-            crowd: RefCell::default(),
+            repeats: RefCell::default(),
             processes: queues.processes.0.clone(),
         };
         let thread = gate::Gate {
             arrivals: arrivals(),
             events,
-            calls,
+            invocations,
             turns: self.gate_turns.clone(),
             losses: gate::Losses::default(),
         };

@@ -16,7 +16,7 @@ use crate::sys::procfs::Handle;
 use crate::watch::core::watched::{Standing, Watched};
 use crate::watch::files::shared::Files;
 use crate::watch::files::{lower, paths, state, upper};
-use crate::watch::process::deeds;
+use crate::watch::process::attribution;
 
 /// A file of code that is not known to be the image's own.
 #[derive(Clone, Debug)]
@@ -70,7 +70,9 @@ fn try_to_examine(
     }
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let owner = shared.table.owner(&stat);
-    if let Some(owner) = owner.as_ref().filter(|owner| deeds::is_apart(shared, watched, owner)) {
+    if let Some(owner) =
+        owner.as_ref().filter(|owner| attribution::is_apart(shared, watched, owner))
+    {
         let path = RootfsPath::new(&file::name_of(fd.as_fd()).ok()?).ok()?;
         let state = match owner.local() {
             Some(local) => shared.hashed.state(fd, &stat, local, max_hash_bytes),

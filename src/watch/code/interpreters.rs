@@ -27,7 +27,7 @@ use crate::watch::core::fair::Receiver;
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
 use crate::watch::files::shared::Files;
-use crate::watch::process::activity::{Act, Event};
+use crate::watch::process::activity::{Activity, Event};
 use crate::watch::process::arguments::Recorded;
 use crate::watch::process::{describe, reach, records};
 
@@ -154,7 +154,7 @@ pub(crate) fn run(shared: &Files, started: &Receiver<Box<Started>>, waiting: &Wa
 fn check_a_last_time(shared: &Files, waiting: &Waiting, around: &mut Around) {
     let mut queues = std::mem::take(&mut *waiting.queues());
     while let Some(check) = queues.take_any() {
-        if !shared.may_tell() {
+        if !shared.may_report() {
             return shared.leave(
                 1 + queues.deferred.len() + queues.waiting.iter().map(VecDeque::len).sum::<usize>(),
             );
@@ -460,7 +460,7 @@ fn report_shell(shared: &Files, check: &Check, direct: bool, evidence: String) {
     {
         let watched = check.watched.clone();
         let event = Event::Opened { watched, root, is_interactive: true, process: None };
-        shared.act(&check.watched, Act::Event(event));
+        shared.note_activity(&check.watched, Activity::Event(event));
     }
 }
 

@@ -39,7 +39,7 @@ use crate::watch::core::watched::Watched;
 use crate::watch::files::shared::Files;
 use crate::watch::process::records::TraceConsumer;
 use crate::watch::process::shared::Processes;
-use crate::watch::process::{deeds, describe, reach};
+use crate::watch::process::{attribution, describe, reach};
 
 /// Code that a process of a container has mapped, other than by its execve.
 #[derive(Clone, Debug)]
@@ -356,7 +356,7 @@ impl Libraries {
         let code = &examined.code;
         if code.file_of.is_some()
             && code.file_of
-                == handle.as_ref().and_then(|handle| deeds::runs_file_of(shared, handle))
+                == handle.as_ref().and_then(|handle| attribution::runs_file_of(shared, handle))
         {
             // The process runs a program of that container. That is reported, and the
             // libraries that belong to it are not.

@@ -33,7 +33,7 @@ use crate::sys::procfs::{self, Handle, Stat};
 use crate::threads;
 use crate::watch::core::message::SensorEvent;
 use crate::watch::core::shared::Core;
-use crate::watch::exec::gate::Call;
+use crate::watch::exec::gate::Invocation;
 use crate::watch::process::outside;
 
 /// Which containers are armed before they start.
@@ -68,7 +68,7 @@ pub(crate) struct Arming {
     marks: Marks,
     scope: Scope,
     runtimes: Vec<Runtime>,
-    invocations: Receiver<Call>,
+    invocations: Receiver<Invocation>,
     pid_namespace: u64,
 }
 
@@ -78,7 +78,7 @@ impl Arming {
         marker: Arc<Marker>,
         marks: Marks,
         scope: &Scope,
-        invocations: Receiver<Call>,
+        invocations: Receiver<Invocation>,
     ) -> Result<Arming, crate::watch::core::message::Error> {
         let own =
             Handle::open(std::process::id()).map_err(crate::watch::core::message::Error::Arming)?;

@@ -112,20 +112,20 @@ impl Core {
 
     /// Whether events are still reported. After a stop they are for a moment more, because no
     /// scan finds what was executed.
-    pub(crate) fn may_tell(&self) -> bool {
+    pub(crate) fn may_report(&self) -> bool {
         self.stopped_at.get().is_none_or(|stopped_at| stopped_at.elapsed() < STOP_GRACE)
     }
 
     /// The next item of a thread's queue. The queue's senders end when the watchers do. After
     /// a stop, items for which there is no more time are counted.
-    pub(crate) fn next_to_tell<T: Owned>(&self, queue: &fair::Receiver<T>) -> Option<T> {
+    pub(crate) fn next_to_report<T: Owned>(&self, queue: &fair::Receiver<T>) -> Option<T> {
         match self.next_within(queue, Duration::MAX) {
             Next::Item(item) => Some(item),
             Next::Nothing | Next::End => None,
         }
     }
 
-    /// Like [`next_to_tell`](Core::next_to_tell), but waits only for `patience`.
+    /// Like [`next_to_report`](Core::next_to_report), but waits only for `patience`.
     pub(crate) fn next_within<T: Owned>(
         &self,
         queue: &fair::Receiver<T>,
@@ -133,12 +133,12 @@ impl Core {
     ) -> Next<T> {
         // This needs no wake-up at a stop: the senders end then, and that ends the wait.
         match queue.recv_timeout(patience) {
-            Ok(item) if self.may_tell() => Next::Item(item),
+            Ok(item) if self.may_report() => Next::Item(item),
             Ok(_) => {
                 self.leave(1);
                 Next::End
             }
-            Err(RecvTimeoutError::Timeout) if self.may_tell() => Next::Nothing,
+            Err(RecvTimeoutError::Timeout) if self.may_report() => Next::Nothing,
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Next::End,
         }
     }

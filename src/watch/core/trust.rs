@@ -105,7 +105,7 @@ impl LayerFiles {
     }
 
     /// Notes that the file is reported as `state`. It was read after `at`.
-    pub(crate) fn tell(&mut self, file: LayerFile, state: FileState, at: Timestamp) {
+    pub(crate) fn note_reported(&mut self, file: LayerFile, state: FileState, at: Timestamp) {
         if self.reported.get(&file).is_some_and(|reported| reported.is_settled) {
             return;
         }
@@ -160,7 +160,7 @@ mod tests {
     fn reported(seconds: &[i64]) -> LayerFiles {
         let mut files = LayerFiles::default();
         for changed in seconds {
-            files.tell(file(*changed), state(), Timestamp::from_second(1000).unwrap());
+            files.note_reported(file(*changed), state(), Timestamp::from_second(1000).unwrap());
         }
         files
     }
@@ -200,7 +200,7 @@ mod tests {
         files.judge(&file(1), Verdict::Image);
         assert!(!files.is_doubtful(&file(1), false));
         assert!(files.is_doubtful(&file(2), false), "changed since");
-        files.tell(file(2), state(), Timestamp::from_second(1000).unwrap());
+        files.note_reported(file(2), state(), Timestamp::from_second(1000).unwrap());
         files.judge(&file(2), Verdict::Drift);
         assert!(files.is_doubtful(&file(2), false), "every execution of drift is reported");
         assert_eq!(files.known(&file(2)), Some(state()), "none of them reads it again");
@@ -244,7 +244,7 @@ mod tests {
         files.judge(&file(999), Verdict::Image);
         assert!(files.is_doubtful(&file(999), false));
         assert_eq!(files.known(&file(999)), None);
-        files.tell(file(999), state(), Timestamp::from_second(1001).unwrap());
+        files.note_reported(file(999), state(), Timestamp::from_second(1001).unwrap());
         files.judge(&file(999), Verdict::Image);
         assert!(!files.is_doubtful(&file(999), false), "read again, it is");
     }
@@ -253,7 +253,7 @@ mod tests {
     fn the_number_of_remembered_files_is_bounded() {
         let mut files = LayerFiles::default();
         for changed in 0..i64::try_from(3 * MAX_REPORTED).unwrap() {
-            files.tell(file(changed), state(), Timestamp::now());
+            files.note_reported(file(changed), state(), Timestamp::now());
             assert!(files.reported.len() <= MAX_REPORTED);
         }
     }

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::TrySendError;
 
-use super::crowd;
 use super::described::{Described, Executed, Progress};
 use super::execution::Execution;
+use super::repeats;
 use super::shared::Exec;
 use super::take::Taken;
 use super::unproven::Request;
@@ -28,10 +28,10 @@ use crate::watch::core::trust::Verdict;
 use crate::watch::core::watched::Watched;
 use crate::watch::files::paths;
 use crate::watch::mounts::find;
-use crate::watch::process::arguments::Words;
+use crate::watch::process::arguments::ReadProgram;
 use crate::watch::process::describe::{self, Executing};
 use crate::watch::process::named::Named;
-use crate::watch::process::{deeds, membership, recorded, records};
+use crate::watch::process::{attribution, membership, recorded, records};
 
 /// How long an execve may take, in clock ticks.
 const MOMENT: u64 = 25;
@@ -44,7 +44,7 @@ const CHECK_UNPROVEN: Duration = Duration::from_millis(250);
 pub(crate) fn describe(shared: &Exec, executions: &Receiver<Taken>, described: &Sender<Described>) {
     // Without CAP_SYS_NICE this thread runs like the others, and is late more often.
     let _ = rustix::process::setpriority_process(None, -5);
-    while let Some(execution) = shared.next_to_tell(executions) {
+    while let Some(execution) = shared.next_to_report(executions) {
         let Some(execution) = describe_one(shared, execution, executions) else {
             continue;
         };
@@ -68,7 +68,7 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
     threads::about(&watched.container);
     let holder = watched;
     let seen = caller.stat.clone();
-    let actor = seen.as_ref().and_then(|seen| deeds::other_than(shared, &holder, seen));
+    let actor = seen.as_ref().and_then(|seen| attribution::other_than(shared, &holder, seen));
     if filesystem == Filesystem::Overlay && actor.is_some() {
         return None;
     }
@@ -84,8 +84,8 @@ fn describe_one(shared: &Exec, taken: Taken, others: &Receiver<Taken>) -> Option
         let executing = describe::after_exec(&caller, &watched, &|| !others.is_empty());
         let described = &executing.process;
         let arguments =
-            described.argv.clone().map(|argv| Words { exe: described.exe.clone(), argv });
-        membership::keep_words(shared, &watched, &caller, arguments);
+            described.argv.clone().map(|argv| ReadProgram { exe: described.exe.clone(), argv });
+        membership::keep_read_program(shared, &watched, &caller, arguments);
         executing
     });
     if let Some(stat) = &caller.stat {
@@ -149,7 +149,7 @@ pub(crate) fn hash(shared: &Exec, described: &Receiver<Described>, large: &Sende
             Next::Nothing => continue,
             Next::End => return report_unproven(shared),
         };
-        let is_busy = described.len() >= crowd::FEW;
+        let is_busy = described.len() >= repeats::FEW;
         loop {
             if execution.is_large(shared) {
                 hand_on_large(shared, execution, large);
@@ -178,7 +178,7 @@ fn hand_on_large(shared: &Exec, execution: Described, large: &Sender<Described>)
 /// file, then a slice of another container's file.
 pub(crate) fn hash_large(shared: &Exec, large: &Receiver<Described>) {
     let _ = priority::set(priority::current(), 10, priority::Disk::Usual);
-    while let Some(mut execution) = shared.next_to_tell(large) {
+    while let Some(mut execution) = shared.next_to_report(large) {
         let (begun, used) = (Instant::now(), fair::processor_time());
         let is_done = loop {
             if execution.read_on(shared, false) {
@@ -242,7 +242,7 @@ fn check_unproven(shared: &Exec) {
 fn report_unproven(shared: &Exec) {
     let waiting = shared.unproven().forget_all(perf::now());
     for execution in waiting {
-        if shared.may_tell() {
+        if shared.may_report() {
             report(shared, execution, true);
         } else {
             shared.leave(1);
@@ -319,7 +319,7 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
     // By now the record of the process's birth has been read.
     if filesystem != Filesystem::Overlay
         && Arc::ptr_eq(&holder, &watched)
-        && let Some(other) = seen.and_then(|seen| deeds::other_than(shared, &holder, &seen))
+        && let Some(other) = seen.and_then(|seen| attribution::other_than(shared, &holder, &seen))
     {
         watched = other;
     }
@@ -332,7 +332,7 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
     // For a file that was moved, the state holds for its new path only.
     if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that the verdict on the file finds it.
-        watched.layer_files_mut().tell(layer_file, state.clone(), at);
+        watched.layer_files_mut().note_reported(layer_file, state.clone(), at);
     }
     let writer = match filesystem {
         Filesystem::Overlay if layer_file.is_none() => shared.writer_of_file(&watched, &stat),
@@ -369,5 +369,5 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
     if !is_deleted {
         shared.mark_dirty(&watched, path, Source::Scan, None);
     }
-    shared.dirty.mark_for_sweep(&watched);
+    shared.dirty.mark_for_scan(&watched);
 }

@@ -100,7 +100,7 @@ impl Described {
             Progress::Reading(reading) => self.read_own(shared, reading),
             Progress::Twin(state, mut twin) => match twin.step(&shared.lower_twins, state::SLICE) {
                 Some(lower) => Progress::Done(state, lower),
-                None if !shared.may_tell() => Progress::Done(state, None),
+                None if !shared.may_report() => Progress::Done(state, None),
                 None => Progress::Twin(state, twin),
             },
             done @ Progress::Done(..) => done,
@@ -146,7 +146,7 @@ impl Described {
     }
 
     pub(crate) fn read_own(&mut self, shared: &Files, mut reading: Box<Reading>) -> Progress {
-        if !shared.may_tell() {
+        if !shared.may_report() {
             return Progress::Done(self.gone(), None);
         }
         let state = match &self.file {

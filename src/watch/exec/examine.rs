@@ -23,7 +23,7 @@ use crate::watch::code::inspect::{self, Upper};
 use crate::watch::core::watched::{Standing, Watched};
 use crate::watch::files::paths;
 use crate::watch::process::roots::Maker;
-use crate::watch::process::{deeds, records};
+use crate::watch::process::{attribution, records};
 
 /// How many generations of parents are followed.
 const MAX_MAKERS: usize = 16;
@@ -123,7 +123,7 @@ impl Examiner<'_> {
     ) -> Option<Unseen> {
         let handle = Handle::open(execution.executed.pid).ok();
         let mapped = execution.program.as_deref();
-        let file = deeds::open_program(owner, handle.as_ref(), mapped);
+        let file = attribution::open_program(owner, handle.as_ref(), mapped);
         let name = match &file {
             Some(Held { fd, .. }) => file::name_of(fd.as_fd()).ok()?,
             None => mapped?.name.to_vec(),

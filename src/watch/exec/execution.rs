@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::crowd::More;
+use super::repeats::More;
 use crate::model::{ContainerId, Filesystem, LayerFile};
 use crate::sys::file;
 use crate::watch::core::fair::Owned;

@@ -28,8 +28,8 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::crowd::{self, Repeats};
 use super::execution::Execution;
+use super::repeats::{self, Repeats};
 use super::shared::Exec;
 use super::take;
 use crate::gate::{self, Calm, Events, Marks};
@@ -73,7 +73,7 @@ pub(crate) struct Arrivals {
     pub(crate) marks: Marks,
     pub(crate) pulse: Arc<Pulse>,
     pub(crate) content: take::Entrance,
-    pub(crate) crowd: RefCell<Repeats>,
+    pub(crate) repeats: RefCell<Repeats>,
     pub(crate) processes: Sender<Box<Seen>>,
 }
 
@@ -81,7 +81,7 @@ pub(crate) struct Arrivals {
 pub(crate) struct Gate {
     pub(crate) arrivals: Arrivals,
     pub(crate) events: Events,
-    pub(crate) calls: crossbeam_channel::Sender<Call>,
+    pub(crate) invocations: crossbeam_channel::Sender<Invocation>,
     /// Counts the turns of this thread.
     pub(crate) turns: Arc<AtomicU64>,
     pub(crate) losses: Losses,
@@ -185,7 +185,7 @@ impl Gate {
             gate::Event::Runtime { number, process } => {
                 let Arrivals { shared, marks, .. } = &self.arrivals;
                 let Some(process) = process else { return marks.release(number) };
-                if self.calls.try_send(Call { number, caller: process }).is_err() {
+                if self.invocations.try_send(Invocation { number, caller: process }).is_err() {
                     marks.release(number);
                     let detail = "too many runtimes run at once to examine each one";
                     shared.lose(Failure::ArmedLate, None, detail);
@@ -356,8 +356,8 @@ impl Arrivals {
             }
         };
         let more = match &caller.stat {
-            Some(caller) if self.content.len() >= crowd::FEW => {
-                match self.crowd.borrow_mut().join(&stat, caller.parent) {
+            Some(caller) if self.content.len() >= repeats::FEW => {
+                match self.repeats.borrow_mut().join(&stat, caller.parent) {
                     None => return,
                     more => more,
                 }
@@ -398,7 +398,7 @@ impl Arrivals {
 
 /// A runtime invocation that the gate holds.
 #[derive(Debug)]
-pub(crate) struct Call {
+pub(crate) struct Invocation {
     pub(crate) number: u64,
     /// The process before it becomes the runtime.
     pub(crate) caller: Stat,

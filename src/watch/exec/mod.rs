@@ -4,7 +4,6 @@
 //! `control` and `watch` itself use it.
 
 pub(crate) mod content;
-pub(crate) mod crowd;
 pub(crate) mod described;
 pub(crate) mod evidence;
 pub(crate) mod examine;
@@ -13,11 +12,12 @@ pub(crate) mod gate;
 pub(crate) mod known;
 pub(crate) mod processes;
 pub(crate) mod recorder;
+pub(crate) mod repeats;
 pub(crate) mod running;
+pub(crate) mod self_test;
 pub(crate) mod shared;
 pub(crate) mod take;
 pub(crate) mod trace;
-pub(crate) mod trial;
 pub(crate) mod unproven;
 pub(crate) mod unseen;
 pub(crate) mod writable;

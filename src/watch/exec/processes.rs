@@ -26,8 +26,8 @@ use crate::watch::process::describe::{self, Caller};
 use crate::watch::process::records::TraceConsumer;
 use crate::watch::process::seen::Seen;
 use crate::watch::process::shared::Processes;
-use crate::watch::process::{deeds, membership, outside};
-use crate::watch::sessions::calls;
+use crate::watch::process::{attribution, membership, outside};
+use crate::watch::sessions::invocations;
 use crate::watch::sessions::opening::{self, Home, Opened};
 use crate::watch::sessions::origin::ByRuntime;
 use crate::watch::sessions::runtimes::Runtimes;
@@ -72,13 +72,13 @@ pub(crate) fn run(shared: &Exec, seen: &Receiver<Box<Seen>>) {
 
 fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
-    if deeds::is_of_another(shared, &seen.watched, &seen.caller) {
+    if attribution::is_of_another(shared, &seen.watched, &seen.caller) {
         return;
     }
     // First: a process in a session may have ended when its record is read.
     if others.len() < FEW && membership::is_in_session(shared, &seen.watched, stat) {
-        let arguments = describe::words_after_exec(&seen.caller, &|| !others.is_empty());
-        membership::keep_words(shared, &seen.watched, &seen.caller, arguments);
+        let arguments = describe::program_after_exec(&seen.caller, &|| !others.is_empty());
+        membership::keep_read_program(shared, &seen.watched, &seen.caller, arguments);
     }
     shared.packages().executes(shared, &seen.watched, stat);
     membership::keep_handle(shared, &seen.watched, &seen.caller);
@@ -116,10 +116,11 @@ fn judge_running(shared: &Exec, seen: &Seen) {
     let mut sessions = shared.openings();
     if let Some(root) = sessions.opens(shared, stat, &seen.watched, &mut || false) {
         let mut process = Process::clone(&process);
-        let asked_for = calls::asked_for(&mut shared.calls(), stat.parent, &seen.watched, false);
+        let asked_for =
+            invocations::asked_for(&mut shared.invocations(), stat.parent, &seen.watched, false);
         process.argv = asked_for.map(|asked| asked.argv).or(process.argv);
         let opened = Opened { process, pidfd: None, by_runtime: root.by_runtime() };
-        sessions.tell(shared, &seen.watched, seen.at, Source::Trace, opened);
+        sessions.report(shared, &seen.watched, seen.at, Source::Trace, opened);
     }
 }
 
@@ -316,7 +317,7 @@ fn open_session(shared: &Exec, watched: &Arc<Watched>, handle: &Handle) {
         let process = describe::as_it_is(handle, watched);
         let opened = Opened { process, pidfd: None, by_runtime: ByRuntime::default() };
         let began = Timestamp::now() - procfs::age(handle.identity());
-        sessions.tell(shared, watched, began, Source::Scan, opened);
+        sessions.report(shared, watched, began, Source::Scan, opened);
     }
 }
 

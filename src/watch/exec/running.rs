@@ -19,7 +19,7 @@ use crate::watch::core::trust::Verdict;
 use crate::watch::core::watched::{Standing, Watched};
 use crate::watch::files::shared::Files;
 use crate::watch::files::{paths, state};
-use crate::watch::process::{deeds, describe};
+use crate::watch::process::{attribution, describe};
 use crate::watch::sessions::runtimes::Runtimes;
 
 /// The programs of running processes that one scan has examined, each file once.
@@ -88,7 +88,7 @@ impl Running {
         };
         if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
             // First, so that the verdict on the file finds it.
-            watched.layer_files_mut().tell(layer_file, state.clone(), at);
+            watched.layer_files_mut().note_reported(layer_file, state.clone(), at);
         }
         let fact = Fact::Executed {
             invoked_as: None,
@@ -116,9 +116,9 @@ impl Running {
 fn owner_of(shared: &Files, watched: &Arc<Watched>, stat: &Stat) -> (bool, Option<ContainerId>) {
     let owner = shared.table.owner(stat);
     let is_apart = |owner: &&Arc<Watched>| {
-        deeds::is_apart(shared, watched, owner)
+        attribution::is_apart(shared, watched, owner)
             // A runtime that runs in a container is on its way into a container of its own.
-            && !deeds::is_within(&shared.table, watched, owner)
+            && !attribution::is_within(&shared.table, watched, owner)
     };
     let file_of = owner.as_ref().filter(is_apart).map(|owner| owner.container.clone());
     (owner.is_some() && file_of.is_none(), file_of)

@@ -138,7 +138,7 @@ impl Take {
         // A file can be changed back within microseconds. Without CAP_SYS_NICE this thread
         // runs like the others, and is late more often.
         let _ = rustix::process::setpriority_process(None, -10);
-        while let Some(execution) = self.shared.next_to_tell(&self.arrived) {
+        while let Some(execution) = self.shared.next_to_report(&self.arrived) {
             self.ask(execution);
             self.ask_others();
             while let Ok(mut one) = self.waiting.recv_timeout(Duration::ZERO) {

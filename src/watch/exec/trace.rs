@@ -39,7 +39,7 @@ use crate::sys::procfs::{self, Handle};
 use crate::threads;
 use crate::watch::core::fair::Sender;
 use crate::watch::core::watched::Watched;
-use crate::watch::process::deeds::{self, Deed};
+use crate::watch::process::attribution::{self, Attribution};
 use crate::watch::process::outside;
 use crate::watch::process::records::{self, TraceConsumer};
 use crate::watch::process::roots::Arrived;
@@ -467,10 +467,11 @@ impl Trace {
         let owner =
             overlay.or_else(|| self.examiner().owner_of_running(executed, program.as_deref()));
         let is_overlays = owner.is_some();
-        let decision =
-            Deed::new(actor, owner, |inner, outer| deeds::is_within(table, inner, outer));
+        let decision = Attribution::new(actor, owner, |inner, outer| {
+            attribution::is_within(table, inner, outer)
+        });
         let (watched, file_of) = match decision {
-            Some(Deed { watched, file_of }) => (Some(watched), file_of),
+            Some(Attribution { watched, file_of }) => (Some(watched), file_of),
             None => (None, None),
         };
         let watched = watched
@@ -488,9 +489,9 @@ impl Trace {
         known.was_looked_up = true;
         known.is_resident = is_resident;
         let Some(watched) = watched else {
-            if runtimes::is_called_like_a_runtime(&executed.file_name) {
+            if runtimes::is_named_like_a_runtime(&executed.file_name) {
                 for consumer in &mut self.consumers {
-                    consumer.runtime_called(&self.shared, executed.pid);
+                    consumer.runtime_invoked(&self.shared, executed.pid);
                 }
             }
             return;

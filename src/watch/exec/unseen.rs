@@ -76,7 +76,7 @@ pub(crate) fn run(shared: &Files, unseen: &Receiver<Box<Unseen>>) {
     let room = copy::room();
     // So that files are closed sooner. Without CAP_SYS_NICE it runs like the others.
     let _ = rustix::process::setpriority_process(None, -5);
-    while let Some(mut one) = shared.next_to_tell(unseen) {
+    while let Some(mut one) = shared.next_to_report(unseen) {
         let used = fair::processor_time();
         match read_on(shared, &room, &mut one) {
             Some((process, state)) => report(shared, &mut runtimes, *one, process, state),
@@ -98,7 +98,7 @@ fn read_on(
 ) -> Option<(Process, FileState)> {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let mut progress = match unseen.progress.take() {
-        Some(progress) if shared.may_tell() && !unseen.watched.is_detaching() => progress,
+        Some(progress) if shared.may_report() && !unseen.watched.is_detaching() => progress,
         Some(progress) => {
             let state = state::gone(unseen.filesystem == Filesystem::Anonymous);
             return Some((progress.process, state));

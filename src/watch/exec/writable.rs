@@ -72,7 +72,7 @@ impl WriterCheck {
         check.upper = Upper::of(shared, watched, path, fd);
         if let (Ok(has_writer), writers) = (has_writer, check.writers(shared)) {
             check.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
-            check.is_observed = writers.is_some_and(|writers| writers.was_told);
+            check.is_observed = writers.is_some_and(|writers| writers.was_reported);
         }
         check
     }
@@ -106,7 +106,7 @@ impl WriterCheck {
                 None => lease::has_writer(upper::upper(watched, path, now)?.as_fd()),
             };
             let writers = self.writers(shared)?;
-            let is_observed = self.is_observed || writers.was_told;
+            let is_observed = self.is_observed || writers.was_reported;
             Some(!has_writer.ok()? && is_observed && writers.none_since)
         };
         !had_none().unwrap_or(false)

@@ -55,7 +55,7 @@ fn take(shared: &Files, events: Vec<DecodedName>) {
                 let Some((watched, path)) = shared.names.changed(&named) else { continue };
                 threads::about(&watched.container);
                 let Some(path) = path else {
-                    shared.dirty.mark_for_sweep(&watched);
+                    shared.dirty.mark_for_scan(&watched);
                     continue;
                 };
                 // The change feed reports the writers of content.

@@ -78,7 +78,7 @@ pub(crate) struct Writers {
     /// No writer can have closed it since; `false` also if that is unknown.
     pub(crate) none_since: bool,
     /// The kernel reported the execution. Without that event, nothing is known of it.
-    pub(crate) was_told: bool,
+    pub(crate) was_reported: bool,
 }
 
 impl Closings {
@@ -215,7 +215,7 @@ impl Log {
         let before = self.readings.iter().rev().find(|(read, _)| *read <= asked);
         let was_marked = self.directories.get(directory).is_some_and(|since| *since <= asked);
         Writers {
-            was_told: execution.is_some(),
+            was_reported: execution.is_some(),
             has_gone: execution.is_some_and(|execution| closed > execution),
             none_since: was_marked
                 && before.is_some_and(|(_, before)| closed <= *before && self.forgotten <= *before),
@@ -259,7 +259,7 @@ mod tests {
         let mut facts = Vec::new();
         facts.extend(writers.has_gone.then_some("gone"));
         facts.extend(writers.none_since.then_some("none since"));
-        facts.extend(writers.was_told.then_some("reported"));
+        facts.extend(writers.was_reported.then_some("reported"));
         assert_eq!(facts.join(", "), expected, "{events}");
     }
 

@@ -102,7 +102,7 @@ impl DirtyPaths {
     }
 
     /// Notes that a container's whole upperdir is to be scanned after `settle`.
-    pub(crate) fn mark_for_sweep(&self, watched: &Arc<Watched>) {
+    pub(crate) fn mark_for_scan(&self, watched: &Arc<Watched>) {
         let due = Instant::now() + self.settle;
         self.dirty().entry(watched.container.clone()).or_default().scan.get_or_insert(due);
     }

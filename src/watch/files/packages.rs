@@ -24,8 +24,8 @@ use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle, Stat};
 use crate::watch::core::fair::Sender;
 use crate::watch::core::watched::{Standing, Watched};
+use crate::watch::process::attribution;
 use crate::watch::process::births::{Births, LAG};
-use crate::watch::process::deeds;
 use crate::watch::process::describe::{self, Caller};
 use crate::watch::process::named::Named;
 use crate::watch::process::records::TraceConsumer;
@@ -177,7 +177,7 @@ impl Packages {
         let (Some(exe), argv) = (&process.exe, process.argv.as_deref()) else { return };
         let is_one = package_manager(exe, argv.unwrap_or_default()).is_some();
         let is_image = || {
-            let held = deeds::open_program(watched, None, Some(program));
+            let held = attribution::open_program(watched, None, Some(program));
             held.is_some_and(|held| is_of_the_image(&held.stat, watched))
         };
         if !is_one || !is_image() {

@@ -373,7 +373,7 @@ impl Scan {
             }
             // What failed now is found by a scan of the whole upperdir.
             if problem.is_some() {
-                self.shared.dirty.mark_for_sweep(&watched);
+                self.shared.dirty.mark_for_scan(&watched);
             }
             return;
         }

@@ -13,7 +13,7 @@ use crate::watch::core::watched::Watched;
 
 /// A message to the thread `sessions`.
 #[derive(Debug)]
-pub(crate) enum Act {
+pub(crate) enum Activity {
     Event(Event),
     Ran(Ran),
     /// The watchers must stop.

@@ -25,7 +25,7 @@ pub(crate) struct Arguments {
     bytes: usize,
     /// For an execve whose record has not been read: when the gate was asked, and what was
     /// read of the process.
-    early: HashMap<u32, (u64, Box<Words>)>,
+    early: HashMap<u32, (u64, Box<ReadProgram>)>,
     /// Executions before this time may be forgotten.
     forgotten: u64,
 }
@@ -40,7 +40,7 @@ struct Execution {
     /// In the format of /proc/PID/cmdline.
     arguments: Option<Box<[u8]>>,
     /// What was read from /proc, if `arguments` is not known.
-    found: Option<Box<Words>>,
+    found: Option<Box<ReadProgram>>,
 }
 
 /// The program that a process ran, as far as it is recorded.
@@ -52,12 +52,12 @@ pub(crate) struct Program {
 
 /// The program of a process, as read from /proc.
 #[derive(Debug)]
-pub(crate) struct Words {
+pub(crate) struct ReadProgram {
     pub(crate) exe: Option<String>,
     pub(crate) argv: Vec<String>,
 }
 
-impl Words {
+impl ReadProgram {
     fn bytes(&self) -> usize {
         self.exe.iter().chain(&self.argv).map(|text| size_of::<String>() + text.len()).sum()
     }
@@ -138,7 +138,7 @@ impl Arguments {
     }
 
     /// Adds what was read of a process after the gate was asked about it.
-    pub(crate) fn found(&mut self, pid: u32, asked: u64, read: Words) {
+    pub(crate) fn found(&mut self, pid: u32, asked: u64, read: ReadProgram) {
         let executions = self.executions.get_mut(&pid).into_iter().flatten();
         match executions.into_iter().find(|execution| execution.time >= asked) {
             Some(execution @ Execution { arguments: None, found: None, .. }) => {
@@ -157,7 +157,7 @@ impl Arguments {
     }
 
     /// What was read of a process after its execve at this time.
-    pub(crate) fn found_of(&self, pid: u32, time: u64) -> Option<&Words> {
+    pub(crate) fn found_of(&self, pid: u32, time: u64) -> Option<&ReadProgram> {
         let execution = self.executions.get(&pid)?.iter().find(|one| one.time == time)?;
         execution.found.as_deref()
     }
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn what_was_read_belongs_to_the_first_execve_after_the_request() {
-        let read = |argv: &str| Words { exe: None, argv: vec![argv.to_owned()] };
+        let read = |argv: &str| ReadProgram { exe: None, argv: vec![argv.to_owned()] };
         let of = |kept: &Arguments, pid, time| Some(kept.found_of(pid, time)?.argv.concat());
         let mut kept = Arguments::default();
         // Read before the record, and after it.

@@ -24,7 +24,10 @@ pub(crate) const MAX_BIRTHS: usize = 64 * 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Births {
     pub(crate) parents: HashMap<u32, Birth>,
-    pub(crate) pids: VecDeque<u32>,
+    /// Births by pid and number, oldest first; also those that another one has replaced.
+    order: VecDeque<(u32, u64)>,
+    /// The number of the newest birth.
+    newest: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -34,28 +37,33 @@ pub(crate) struct Birth {
     pub(crate) read_at: u64,
     /// The container in which it was born, if that is certain.
     pub(crate) home: Option<Arc<Watched>>,
+    /// Births are numbered, because many of them may have one pid.
+    number: u64,
 }
 
 impl Births {
-    pub(crate) fn insert(&mut self, pid: u32, birth: Birth) {
-        if self.parents.insert(pid, birth).is_none() {
-            self.pids.push_back(pid);
-        }
-        if self.pids.len() > MAX_BIRTHS
-            && let Some(oldest) = self.pids.pop_front()
-        {
-            self.parents.remove(&oldest);
+    fn insert(&mut self, pid: u32, parent: u32, read_at: u64, home: Option<Arc<Watched>>) {
+        self.newest += 1;
+        let number = self.newest;
+        self.parents.insert(pid, Birth { parent, read_at, home, number });
+        self.order.push_back((pid, number));
+        while self.parents.len() > MAX_BIRTHS || self.order.len() > 2 * MAX_BIRTHS {
+            let Some((oldest, number)) = self.order.pop_front() else { break };
+            // A later process may have the pid.
+            if self.parents.get(&oldest).is_some_and(|birth| birth.number == number) {
+                self.parents.remove(&oldest);
+            }
         }
     }
 
     pub(crate) fn born(&mut self, pid: u32, parent: u32, read_at: u64) {
-        self.insert(pid, Birth { parent, read_at, home: None });
+        self.insert(pid, parent, read_at, None);
     }
 
     /// Like [`born`](Births::born), for a process with a parent that certainly belongs to a
     /// container.
     pub(crate) fn born_in(&mut self, home: Arc<Watched>, pid: u32, parent: u32, read_at: u64) {
-        self.insert(pid, Birth { parent, read_at, home: Some(home) });
+        self.insert(pid, parent, read_at, Some(home));
     }
 
     /// The container in which a process was born, even if it has joined others since. The
@@ -115,8 +123,7 @@ mod tests {
     #[test]
     fn births_are_followed_to_the_parents_as_far_as_they_are_remembered() {
         let mut births = Births::default();
-        let mut born =
-            |pid, parent, read_at| births.insert(pid, Birth { parent, read_at, home: None });
+        let mut born = |pid, parent, read_at| births.born(pid, parent, read_at);
         born(2, 1, 10);
         born(3, 2, 20);
         born(4, 3, 30);
@@ -128,9 +135,27 @@ mod tests {
         assert_eq!(parents(&births, 4), [3, 2, 1]);
         assert!(parents(&births, 9).is_empty());
         for pid in 0..u32::try_from(MAX_BIRTHS).unwrap() {
-            births.insert(100 + pid, Birth { parent: 4, read_at: 40, home: None });
+            births.born(100 + pid, 4, 40);
         }
         assert!(parents(&births, 4).is_empty());
-        assert_eq!((births.parents.len(), births.pids.len()), (MAX_BIRTHS, MAX_BIRTHS));
+        assert_eq!((births.parents.len(), births.order.len()), (MAX_BIRTHS, MAX_BIRTHS));
+    }
+
+    #[test]
+    fn a_birth_is_not_forgotten_for_an_earlier_one_with_its_pid() {
+        let mut births = Births::default();
+        // A small pid_max: the same pids again and again, inside and outside of containers.
+        let pids = u32::try_from(MAX_BIRTHS / 8).unwrap();
+        for round in 0..40 {
+            for pid in 2..pids {
+                births.born(pid, 1, round);
+                if pid % 3 == 0 {
+                    births.forget(pid);
+                }
+            }
+        }
+        let known = (2..pids).filter(|pid| births.read_at(*pid) == Some(39)).count();
+        assert_eq!(known, (2..pids).filter(|pid| pid % 3 != 0).count());
+        assert!(births.order.len() <= 2 * MAX_BIRTHS);
     }
 }

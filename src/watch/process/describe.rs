@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::arguments::Words;
+use super::arguments::ReadProgram;
 use crate::model::{Ancestor, Process, ProcessIdentity, RootfsPath, bytes_of_printable, printable};
 use crate::sys::overlay;
 use crate::sys::procfs::{self, Handle, Stat};
@@ -136,13 +136,17 @@ fn is_still(handle: &Handle, now: &Stat) -> bool {
 
 /// The program that the caller has become, with as few reads as possible: for processes that
 /// end within a moment.
-pub(crate) fn words_after_exec(caller: &Caller, others_wait: &dyn Fn() -> bool) -> Option<Words> {
+pub(crate) fn program_after_exec(
+    caller: &Caller,
+    others_wait: &dyn Fn() -> bool,
+) -> Option<ReadProgram> {
     let stat = caller.stat.as_ref()?;
     let handle = Handle::open_exactly(stat.identity).ok()?;
     let now = wait_for_program(&handle, stat, caller, others_wait)?;
     let argv = handle.arguments().ok()??;
     let exe = handle.exe().ok();
-    is_still(&handle, &now).then(|| Words { exe: exe.as_deref().map(text), argv: texts(&argv) })
+    is_still(&handle, &now)
+        .then(|| ReadProgram { exe: exe.as_deref().map(text), argv: texts(&argv) })
 }
 
 /// Sleeps, but not longer than the process lives.

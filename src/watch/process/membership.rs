@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use super::activity::Act;
-use super::arguments::Words;
+use super::activity::Activity;
+use super::arguments::ReadProgram;
 use super::describe::Caller;
 use super::named::Named;
 use super::shared::Processes;
@@ -20,7 +20,7 @@ pub(crate) fn keep_handle(shared: &Processes, watched: &Arc<Watched>, caller: &C
     }
     let (Some(stat), Some(pidfd)) = (&caller.stat, &caller.pidfd) else { return };
     if let Ok(process) = pidfd.try_clone() {
-        shared.act(watched, Act::Alive { identity: stat.identity, process });
+        shared.note_activity(watched, Activity::Alive { identity: stat.identity, process });
     }
 }
 
@@ -37,11 +37,11 @@ pub(crate) fn is_in_session(shared: &Processes, watched: &Watched, caller: &Stat
 
 /// Keeps the program and arguments of a process after an execve that the gate was asked
 /// about.
-pub(crate) fn keep_words(
+pub(crate) fn keep_read_program(
     shared: &Processes,
     watched: &Watched,
     caller: &Caller,
-    read: Option<Words>,
+    read: Option<ReadProgram>,
 ) {
     if let (Some(asked), Some(read)) = (caller.asked, read)
         && watched.has_sessions()

@@ -6,8 +6,8 @@
 
 pub(crate) mod activity;
 pub(crate) mod arguments;
+pub(crate) mod attribution;
 pub(crate) mod births;
-pub(crate) mod deeds;
 pub(crate) mod describe;
 pub(crate) mod membership;
 pub(crate) mod named;

@@ -32,7 +32,7 @@ pub(crate) trait TraceConsumer: Send {
     );
 
     /// A process of the host has executed a program with the name of a container runtime.
-    fn runtime_called(&mut self, _: &Processes, _pid: u32) {}
+    fn runtime_invoked(&mut self, _: &Processes, _pid: u32) {}
 
     /// A process of a container has executed a program, and its creator is in no container.
     fn entered(&mut self, _: &Processes, _: &Arc<Watched>, _: &Executed) {}

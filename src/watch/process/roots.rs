@@ -34,7 +34,8 @@ pub(crate) struct Roots {
     /// Processes whose end is recorded, and when, in clock ticks since boot: a session may be
     /// opened after the end of its first process has been read.
     exits: HashMap<u32, u64>,
-    exits_in_order: VecDeque<u32>,
+    /// By pid and time, oldest first; also those whose pid another process has had since.
+    exits_in_order: VecDeque<(u32, u64)>,
     /// Counts the sessions that were opened.
     opened: u64,
     /// Processes that were born in a session.
@@ -295,11 +296,11 @@ impl Roots {
     /// A process has ended. It is remembered for a while, because its writes are reported
     /// later.
     pub(crate) fn ended(&mut self, pid: u32, now: u64) {
-        if self.exits.insert(pid, now).is_none() {
-            self.exits_in_order.push_back(pid);
-        }
+        self.exits.insert(pid, now);
+        self.exits_in_order.push_back((pid, now));
         if self.exits_in_order.len() > MAX_EXITS
-            && let Some(oldest) = self.exits_in_order.pop_front()
+            && let Some((oldest, at)) = self.exits_in_order.pop_front()
+            && self.exits.get(&oldest) == Some(&at)
         {
             self.exits.remove(&oldest);
         }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crossbeam_channel::{Sender, TrySendError};
 use jiff::Timestamp;
 
-use super::activity::Act;
+use super::activity::Activity;
 use super::arguments::{Arguments, Program, Recorded};
 use super::births::Births;
 use super::describe;
@@ -31,7 +31,7 @@ const MAX_RECORDED_PARENTS: usize = 16;
 pub(crate) struct Processes {
     pub(crate) core: Arc<Core>,
     roots: Mutex<Roots>,
-    activity: Sender<Box<Act>>,
+    activity: Sender<Box<Activity>>,
     arguments: Mutex<Arguments>,
     births: Mutex<Births>,
     records_executions: AtomicBool,
@@ -47,7 +47,7 @@ impl Deref for Processes {
 }
 
 impl Processes {
-    pub(crate) fn new(core: Arc<Core>, activity: Sender<Box<Act>>) -> Processes {
+    pub(crate) fn new(core: Arc<Core>, activity: Sender<Box<Activity>>) -> Processes {
         Processes {
             core,
             roots: Mutex::default(),
@@ -62,7 +62,7 @@ impl Processes {
     pub(crate) fn stop(&self) {
         self.core.begin_stop();
         // If the channel is full, its reader is awake.
-        let _ = self.activity.try_send(Box::new(Act::End));
+        let _ = self.activity.try_send(Box::new(Activity::End));
     }
 
     /// The kernel records every execution for the daemon.
@@ -206,7 +206,7 @@ impl Processes {
     }
 
     /// Sends session activity to the thread `sessions`, and never waits.
-    pub(crate) fn act(&self, watched: &Arc<Watched>, activity: Act) {
+    pub(crate) fn note_activity(&self, watched: &Arc<Watched>, activity: Activity) {
         match self.activity.try_send(Box::new(activity)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(_)) => self.lose(
@@ -225,7 +225,7 @@ impl Processes {
     /// A runtime was invoked. If there is no room, its invocation is read when a session
     /// opens.
     pub(crate) fn note_runtime(&self, pid: u32) {
-        let _ = self.activity.try_send(Box::new(Act::Runtime { pid }));
+        let _ = self.activity.try_send(Box::new(Activity::Runtime { pid }));
     }
 
     /// Sends an observation and never waits; false if it was lost.

@@ -19,7 +19,7 @@ use crate::model::{
 use crate::sys::fanotify::Named;
 use crate::sys::procfs::{self, Handle};
 use crate::watch::files::shared::Files;
-use crate::watch::process::activity::{Act, Event};
+use crate::watch::process::activity::{Activity, Event};
 use crate::watch::process::describe;
 use crate::watch::process::roots::Arrival;
 
@@ -71,7 +71,7 @@ fn client_opened_input(shared: &Files, named: &Named) {
         shared.roots().came_to_terminal(&watched.container, watched.init, arrival);
         let owned = watched.clone();
         let event = Event::Opened { watched: owned, root, is_interactive: true, process: None };
-        shared.act(&watched, Act::Event(event));
+        shared.note_activity(&watched, Activity::Event(event));
     }
 }
 

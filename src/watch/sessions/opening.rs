@@ -4,7 +4,7 @@
 //! [`Openings`] judges each process once, for the thread `processes`: from the gate, from the
 //! kernel's records and from scans. It reports the opening to the pipeline and then to the
 //! thread `sessions`. `inside` reads where a process is, and `origin` how it came in. What
-//! a session runs afterwards is the affair of `acts`.
+//! a session runs afterwards is the affair of `follow`.
 
 use std::collections::{HashSet, VecDeque};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::calls;
 use super::inside;
+use super::invocations;
 use super::origin::{self, ByRuntime};
 use super::runtimes::Runtimes;
 use super::shared::Sessions;
@@ -25,7 +25,7 @@ use crate::sys::procfs::{self, Handle, Stat};
 use crate::watch::core::table::{is_put_elsewhere, parents_cgroup};
 use crate::watch::core::watched::Watched;
 use crate::watch::files::state;
-use crate::watch::process::activity::{Act, Event};
+use crate::watch::process::activity::{Activity, Event};
 use crate::watch::process::describe::{self, Caller, Executing};
 use crate::watch::process::{outside, recorded};
 
@@ -412,7 +412,7 @@ impl Openings {
         let may_be_by_runtime =
             arrival.is_by_runtime() || outside::is_before_entry_point(&stat.comm);
         let asked_for = may_be_by_runtime
-            .then(|| calls::asked_for(&mut shared.calls(), stat.parent, watched, true))
+            .then(|| invocations::asked_for(&mut shared.invocations(), stat.parent, watched, true))
             .flatten();
         let by_runtime = ByRuntime {
             was_invoked: asked_for.is_some(),
@@ -444,13 +444,13 @@ impl Openings {
             // It has ended meanwhile. Then only the records show which process made it.
             wait_for_makers(shared, caller, watched, others_wait);
         }
-        self.tell(shared, watched, at, Source::Gate, opened);
+        self.report(shared, watched, at, Source::Gate, opened);
         executing
     }
 
     /// Reports that a session has opened. If the report is lost, the next scan of the
     /// container's processes repeats it.
-    pub(crate) fn tell(
+    pub(crate) fn report(
         &mut self,
         shared: &Sessions,
         watched: &Arc<Watched>,
@@ -469,7 +469,7 @@ impl Openings {
             shared.roots().open(&watched.container, root);
             let owned = watched.clone();
             let event = Event::Opened { watched: owned, root, is_interactive, process: handle };
-            shared.act(watched, Act::Event(event));
+            shared.note_activity(watched, Activity::Event(event));
         } else {
             self.judged.remove(root);
             self.inits.remove(root);

@@ -27,7 +27,7 @@ pub(crate) struct Runtimes {
 }
 
 /// Whether a program has the name of a runtime. That is only a reason to check it.
-pub(crate) fn is_called_like_a_runtime(file_name: &[u8]) -> bool {
+pub(crate) fn is_named_like_a_runtime(file_name: &[u8]) -> bool {
     let name = file_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
     programs::is_runtime(name)
 }

@@ -5,7 +5,7 @@
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::calls::Invocations;
+use super::invocations::Invocations;
 use super::terminals::Terminals;
 use crate::watch::files::shared::Files;
 
@@ -30,7 +30,7 @@ impl Sessions {
     }
 
     /// The latest runtime invocations.
-    pub(crate) fn calls(&self) -> MutexGuard<'_, Invocations> {
+    pub(crate) fn invocations(&self) -> MutexGuard<'_, Invocations> {
         self.invocations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

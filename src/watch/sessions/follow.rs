@@ -1,17 +1,17 @@
 //! Session activity: which programs a session runs, how they end, and whether a terminal
 //! is opened.
 //!
-//! `Acts` takes the records of the thread `trace` and finds the session of each. The thread
-//! `sessions` (`run`) receives that as [`Act`], completes it from /proc and reports it to the
-//! pipeline. This file does not decide what opens a session: `opening` does.
+//! `SessionActivity` takes the records of the thread `trace` and finds the session of each.
+//! The thread `sessions` (`run`) receives that as [`Activity`], completes it from /proc and
+//! reports it to the pipeline. This file does not decide what opens a session: `opening` does.
 //!
 //! ```text
-//! trace ── records ──> Acts ── of a session? ──> Act ─┐
-//! gate ─> processes ── a session opens ──────────────┴─> this thread ─> Report
+//! trace ── records ──> SessionActivity ── of a session? ──> Activity ─┐
+//! gate ─> processes ── a session opens ───────────────────────────────┴─> this thread ─> report
 //! ```
 //!
-//! The kernel's records show what was run, in which order and when it ended. `Acts` keeps
-//! them for a moment, since a session is reported a little later than its first programs.
+//! The kernel's records show what was run, in which order and when it ended. `SessionActivity`
+//! keeps them for a moment, since a session is reported a little later than its first programs.
 //! How a process ended comes from a handle that was opened while the process lived.
 
 use std::collections::{HashMap, VecDeque};
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 
-use super::calls;
+use super::invocations;
 use super::shared::Sessions;
 use crate::model::session::MAX_COMMANDS;
 use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, Source, printable};
@@ -31,7 +31,7 @@ use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, pidfd};
 use crate::threads;
 use crate::watch::core::watched::Watched;
-use crate::watch::process::activity::{Act, Event, Ran};
+use crate::watch::process::activity::{Activity, Event, Ran};
 use crate::watch::process::named::Named;
 use crate::watch::process::recorded;
 use crate::watch::process::records::{self, TraceConsumer};
@@ -49,7 +49,7 @@ const REPORT_MORE_EVERY: Duration = Duration::from_secs(1);
 
 /// What sessions run, by the kernel's records.
 #[derive(Default)]
-pub(crate) struct Acts {
+pub(crate) struct SessionActivity {
     /// Executions by processes of no known session, oldest first.
     waiting: VecDeque<(Instant, Ran)>,
     /// When processes ended, by pid. Kept only while `waiting` is not empty.
@@ -70,7 +70,7 @@ struct Count {
     last: Instant,
 }
 
-impl Acts {
+impl SessionActivity {
     fn ran(&mut self, shared: &Processes, ran: Ran) {
         let count = self.counts.entry(ran.root).or_insert_with(|| Count {
             watched: ran.watched.clone(),
@@ -88,11 +88,11 @@ impl Acts {
             self.running.insert(ran.pid, (ran.root, ran.watched.clone()));
         }
         let watched = ran.watched.clone();
-        shared.act(&watched, Act::Ran(ran));
+        shared.note_activity(&watched, Activity::Ran(ran));
     }
 }
 
-impl TraceConsumer for Acts {
+impl TraceConsumer for SessionActivity {
     fn executed(
         &mut self,
         shared: &Processes,
@@ -124,7 +124,7 @@ impl TraceConsumer for Acts {
         self.waiting.push_back((Instant::now(), ran));
     }
 
-    fn runtime_called(&mut self, shared: &Processes, pid: u32) {
+    fn runtime_invoked(&mut self, shared: &Processes, pid: u32) {
         shared.note_runtime(pid);
     }
 
@@ -146,13 +146,13 @@ impl TraceConsumer for Acts {
     }
 }
 
-impl Acts {
+impl SessionActivity {
     /// Passes on the end of a process, if the process was reported.
     fn end(&mut self, shared: &Processes, pid: u32, time: u64) {
         let Some((root, watched)) = self.running.remove(&pid) else { return };
         let event =
             Event::Exited { watched: watched.clone(), root, pid, at: records::time_of(time) };
-        shared.act(&watched, Act::Event(event));
+        shared.note_activity(&watched, Activity::Event(event));
     }
 
     /// Passes on waiting executions whose sessions have opened meanwhile.
@@ -195,7 +195,7 @@ impl Acts {
                 if times > 0 {
                     let watched = count.watched.clone();
                     let event = Event::RanMore { watched, root: *root, times };
-                    shared.act(&count.watched, Act::Event(event));
+                    shared.note_activity(&count.watched, Activity::Event(event));
                 }
                 self.running.contains_key(&root.pid) || count.last.elapsed() < COUNTED
             });
@@ -282,10 +282,10 @@ const STEP: Duration = Duration::from_millis(2);
 /// How long after a stop the last session activity may arrive.
 const LAST_WITHIN: Duration = Duration::from_millis(50);
 
-pub(crate) fn run(shared: &Sessions, activity: &Receiver<Box<Act>>) {
+pub(crate) fn run(shared: &Sessions, activity: &Receiver<Box<Activity>>) {
     let mut tracker = Tracker::default();
     let mut last_check = Instant::now();
-    while shared.may_tell() {
+    while shared.may_report() {
         let is_stopping = shared.is_stopping();
         let act = if is_stopping {
             threads::recv_timeout(activity, LAST_WITHIN)
@@ -322,15 +322,15 @@ impl Tracker {
             && self.unreported.is_empty()
     }
 
-    fn take(&mut self, shared: &Sessions, act: Act) {
+    fn take(&mut self, shared: &Sessions, act: Activity) {
         match act {
-            Act::End => (),
-            Act::Runtime { pid } => {
-                if let Some(invocation) = calls::read(pid) {
-                    shared.calls().keep(invocation);
+            Activity::End => (),
+            Activity::Runtime { pid } => {
+                if let Some(invocation) = invocations::read(pid) {
+                    shared.invocations().keep(invocation);
                 }
             }
-            Act::Alive { identity, process } => {
+            Activity::Alive { identity, process } => {
                 if let Some(unheld) = self.unheld.remove(&identity.pid) {
                     let Unheld { watched, root, ended, .. } = unheld;
                     self.wait_for(shared, watched, root, identity, process);
@@ -342,11 +342,11 @@ impl Tracker {
                 }
             }
             // Read at once, while the process lives.
-            Act::Ran(ran) => {
+            Activity::Ran(ran) => {
                 let inspected = inspect(shared, ran);
                 self.unreported.push_back(Unreported::Inspected(inspected));
             }
-            Act::Event(event) => self.unreported.push_back(Unreported::Event(event)),
+            Activity::Event(event) => self.unreported.push_back(Unreported::Event(event)),
         }
     }
 

@@ -23,31 +23,31 @@ use crate::watch::core::watched::Watched;
 
 /// The container that an execution is reported for.
 #[derive(Clone, Debug)]
-pub(crate) struct Deed {
+pub(crate) struct Attribution {
     pub(crate) watched: Arc<Watched>,
     /// The container in whose root the program lies, if that is another one.
     pub(crate) file_of: Option<Arc<Watched>>,
 }
 
-impl Deed {
+impl Attribution {
     /// `actor` is the container of the process, `owner` that of the file.
     pub(crate) fn new(
         actor: Option<Arc<Watched>>,
         owner: Option<Arc<Watched>>,
         is_within: impl FnOnce(&Watched, &Arc<Watched>) -> bool,
-    ) -> Option<Deed> {
+    ) -> Option<Attribution> {
         Some(match (actor, owner) {
             // A host process that runs a container's file.
-            (None, owner) => Deed { watched: owner?, file_of: None },
-            (Some(actor), None) => Deed { watched: actor, file_of: None },
+            (None, owner) => Attribution { watched: owner?, file_of: None },
+            (Some(actor), None) => Attribution { watched: actor, file_of: None },
             (Some(actor), Some(owner)) if Arc::ptr_eq(&actor, &owner) => {
-                Deed { watched: actor, file_of: None }
+                Attribution { watched: actor, file_of: None }
             }
             // A container manager in a container enters one of its own containers.
             (Some(actor), Some(owner)) if is_within(&owner, &actor) => {
-                Deed { watched: owner, file_of: None }
+                Attribution { watched: owner, file_of: None }
             }
-            (Some(actor), owner) => Deed { watched: actor, file_of: owner },
+            (Some(actor), owner) => Attribution { watched: actor, file_of: owner },
         })
     }
 }
@@ -138,7 +138,7 @@ mod tests {
         let (a, b) = (Arc::new(watched("a", 1)), Arc::new(watched("b", 2)));
         let check =
             |actor: Option<&Arc<Watched>>, owner: Option<&Arc<Watched>>, within, expected| {
-                let attributed = Deed::new(actor.cloned(), owner.cloned(), |_, _| within);
+                let attributed = Attribution::new(actor.cloned(), owner.cloned(), |_, _| within);
                 let id = |watched: &Arc<Watched>| watched.container.id.to_string();
                 let found = attributed.map(|it| (id(&it.watched), it.file_of.as_ref().map(id)));
                 let expected: Option<(&str, Option<&str>)> = expected;
