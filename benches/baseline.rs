@@ -367,7 +367,7 @@ fn a_hole(length: u64, scratch: &Path) -> anyhow::Result<()> {
 /// bytes are in few; text that packs as programs do.
 struct Image {
     layers: u64,
-    /// Of each layer.
+    /// For each layer.
     files: u64,
 }
 

@@ -17,7 +17,7 @@ use jiff::{Timestamp, ToSpan as _};
 const FINDINGS: u32 = 20_000;
 /// Their containers.
 const CONTAINERS: u32 = 50;
-/// Of every ten findings, nine are older than the retention.
+/// Nine of ten findings are older than the retention.
 const OLD_OF_TEN: u32 = 9;
 const ROUNDS: usize = 3;
 const PAGES: u32 = 200;

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use jiff::Timestamp;
 
-use super::{Exit, output};
+use super::exit::Exit;
+use super::output;
 use crate::model::printable;
 use crate::replay::{Happened, Script, play};
 

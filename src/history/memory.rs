@@ -2,7 +2,7 @@
 //! disk.
 //!
 //! Readers open the one in memory and attach the one on disk. Views with the tables' names
-//! join both, so that every query stays the same. Of a row that is in both, the one in memory
+//! join both, so that every query stays the same. If a row is in both, the one in memory
 //! is newer. When the disk can be written again, all rows go there in one transaction.
 
 use std::os::unix::ffi::OsStrExt as _;

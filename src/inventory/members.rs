@@ -58,7 +58,7 @@ impl Reported {
         Reported(u32::from_le_bytes([a, b, c, d]).max(3))
     }
 
-    /// Of the file of a finding.
+    /// From the file of a finding.
     pub(super) fn of_file(kind: Kind, file: &FileEvidence) -> Reported {
         let is_run = kind.is_exec() || kind == Kind::LibraryLoaded;
         match kind {
@@ -68,7 +68,7 @@ impl Reported {
         }
     }
 
-    /// Of a member as the history stores it.
+    /// From a member as the history stores it.
     pub(super) fn of_member(member: &Member) -> Reported {
         match member {
             Member { removed: true, .. } => Reported::GONE,

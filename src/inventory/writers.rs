@@ -14,8 +14,8 @@ const MAX_LINKED: usize = 1024;
 
 #[derive(Debug, Default)]
 pub struct Writers {
-    /// Contents that a linker has written. Of the linker's process only its program and
-    /// its parents are kept.
+    /// Contents that a linker has written, each with the linker's process: its program
+    /// and its parents, and no more.
     linked: HashMap<Blake3Hash, Process>,
     /// The newest package managers at work, a parent before its children.
     package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,

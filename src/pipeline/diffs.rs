@@ -15,7 +15,7 @@ const MAX_DIFFERENCE_BYTES: usize = 64 << 20;
 pub(super) struct PendingDiff {
     container: ContainerId,
     differences: Vec<Difference>,
-    /// Of their paths.
+    /// The bytes of their paths.
     bytes: usize,
     truncated: bool,
     reply: oneshot::Sender<Result<Diff, LookupError>>,

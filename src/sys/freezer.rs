@@ -245,7 +245,7 @@ mod tests {
         assert!(!Stillness::Running.is_ordered() && !Stillness::FrozenFromAbove.is_ordered());
     }
 
-    /// Of the unified hierarchy, which needs root.
+    /// In the unified hierarchy, which needs root.
     #[test]
     fn d03_a_container_stands_still_when_all_of_its_groups_do() {
         struct Tree(std::path::PathBuf, Vec<std::process::Child>);

@@ -317,7 +317,7 @@ struct Drifting<'a> {
 #[derive(Debug, Default)]
 struct Losses {
     executions: Blindness,
-    /// Of the kernel's records, by which driftd knows that a process came from outside.
+    /// Losses of the kernel's records, by which driftd knows that a process came from outside.
     sessions: Blindness,
 }
 

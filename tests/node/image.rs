@@ -336,9 +336,9 @@ fn skippable(content: &[u8]) -> Vec<u8> {
 pub(crate) struct Digests {
     pub(crate) manifest: String,
     pub(crate) config: String,
-    /// Of the blobs of the layers, bottom first.
+    /// The digests of the layers' blobs, bottom first.
     pub(crate) layers: Vec<String>,
-    /// Of what is in the blobs.
+    /// The digests of what is in the blobs.
     pub(crate) diff_ids: Vec<String>,
 }
 

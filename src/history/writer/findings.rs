@@ -1,6 +1,6 @@
 //! Writes findings and their members.
 //!
-//! Of a finding, only the newest revision is kept, and one record that refers to it.
+//! Only the newest revision of a finding is kept, and one record that refers to it.
 
 use rusqlite::{Connection, params};
 

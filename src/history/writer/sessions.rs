@@ -1,6 +1,6 @@
 //! Writes sessions, their commands, and probes.
 //!
-//! Of a session, only the newest revision is kept, and one record that refers to it. A probe has no
+//! Only the newest revision of a session is kept, and one record that refers to it. A probe has no
 //! record: followers do not receive probes.
 
 use jiff::Timestamp;

@@ -82,30 +82,7 @@ fn try_to_examine(
         return Some(Examined::Code(Code { path, filesystem, state, lower: None, file_of }));
     }
     if owner.is_some_and(|owner| Arc::ptr_eq(&owner, watched)) {
-        if watched.has_foreign_layers() {
-            let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
-            let path = paths::event_path(watched, fd, &stat, pid, None).ok()?;
-            return Some(match of_unread(shared, watched, path, Some(&stat)) {
-                Some(code) => Examined::Code(code),
-                None => Examined::Image,
-            });
-        }
-        match watched.standing(&stat) {
-            Standing::Own => (),
-            Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
-                return Some(Examined::Image);
-            }
-        }
-        let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
-        let path = paths::event_path(watched, fd, &stat, pid, None).ok()?;
-        let state = shared.hashed.state(fd, &stat, Local::by_layers(), max_hash_bytes);
-        let could_change = upper::has_writer(watched, &path, &stat);
-        let state = FileState { could_change, ..state };
-        let lower = watched
-            .layers()
-            .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
-        let (filesystem, file_of) = (Filesystem::Overlay, None);
-        return Some(Examined::Code(Code { path, filesystem, state, lower, file_of }));
+        return examine_own(shared, watched, handle, fd, &stat);
     }
     let name = file::name_of(fd.as_fd()).ok()?;
     let is_memfd = memfd_name(stat.device, &name);
@@ -139,6 +116,41 @@ fn try_to_examine(
     let code = Code { path, filesystem, state, lower: None, file_of: None };
     let is_hosts = is_memfd.is_none() && view.listed(&stat) == Listed::ByHost;
     Some(if is_hosts { Examined::Hosts(code) } else { Examined::Code(code) })
+}
+
+/// The same, for a file on the container's own overlay.
+fn examine_own(
+    shared: &Files,
+    watched: &Arc<Watched>,
+    handle: Option<&Handle>,
+    fd: &OwnedFd,
+    stat: &Stat,
+) -> Option<Examined> {
+    let max_hash_bytes = shared.settings.max_hash_bytes;
+    if watched.has_foreign_layers() {
+        let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+        let path = paths::event_path(watched, fd, stat, pid, None).ok()?;
+        return Some(match of_unread(shared, watched, path, Some(stat)) {
+            Some(code) => Examined::Code(code),
+            None => Examined::Image,
+        });
+    }
+    match watched.standing(stat) {
+        Standing::Own => (),
+        Standing::Doubtful(_) | Standing::Movable(_) | Standing::Image => {
+            return Some(Examined::Image);
+        }
+    }
+    let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
+    let path = paths::event_path(watched, fd, stat, pid, None).ok()?;
+    let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
+    let could_change = upper::has_writer(watched, &path, stat);
+    let state = FileState { could_change, ..state };
+    let lower = watched
+        .layers()
+        .and_then(|layers| shared.lower_twins.find(layers, &path, true, max_hash_bytes));
+    let (filesystem, file_of) = (Filesystem::Overlay, None);
+    Some(Examined::Code(Code { path, filesystem, state, lower, file_of }))
 }
 
 /// The file of a library. `None` if it is the image's own, its runtime's, or no file with
