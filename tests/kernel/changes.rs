@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -77,6 +78,27 @@ fn data_writes_are_counted_and_a_program_overwritten_with_data_is_reported() {
     assert_eq!(present, BTreeMap::from([("/bin/true".to_owned(), (Format::Data, true))]));
     assert_eq!(absent, BTreeSet::from(["/tmp/gone".to_owned()]));
     assert_eq!(node.watchers.health.data_writes.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn x11_an_image_is_not_asked_for_the_files_of_an_earlier_image_under_the_same_id() {
+    let (mut container, mut node) = attached();
+    let id = container.id.clone();
+    let data_writes = |node: &Node| node.watchers.health.data_writes.load(Ordering::Relaxed);
+    // This image has no such file.
+    container.shell("echo data > /opt/tool/extra");
+    wait_until("the write to be counted", || data_writes(&node) == 1);
+    container.kill_init();
+    node.detach(&id);
+    let with_extra = |lower: &Path| {
+        fs::copy(BUSYBOX, lower.join("opt/tool/extra")).unwrap();
+    };
+    let mut next = Container::of_image(with_extra, &[], "", false);
+    next.id = id;
+    node.attach(&next);
+    next.shell("echo data > /opt/tool/extra");
+    let state = node.until_present("/opt/tool/extra", |_| true);
+    assert_eq!(state.format, Format::Data);
 }
 
 #[test]

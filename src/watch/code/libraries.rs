@@ -204,8 +204,8 @@ const MAX_REPORTED: usize = 16 * 1024;
 /// How long a file waits for its writer, which the change feed may not have reported yet.
 const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
 
-/// A file by the device of its container's overlay and its name.
-type Named = (u64, Box<[u8]>);
+/// A file by the init of its container's run and its name. Devices and IDs are used again.
+type Named = (ProcessIdentity, Box<[u8]>);
 
 #[derive(Debug, Default)]
 struct Libraries {
@@ -419,7 +419,7 @@ impl Libraries {
                 if self.in_image.len() >= MAX_NAMES {
                     self.in_image.clear();
                 }
-                let key = (watched.device, mapped.name.clone());
+                let key = (watched.init, mapped.name.clone());
                 let known = self
                     .in_image
                     .entry(key)

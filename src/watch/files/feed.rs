@@ -18,7 +18,7 @@ use super::paths;
 use super::shared::Files;
 use super::upper;
 use crate::health::Failure;
-use crate::model::{ContainerId, Format, RootfsPath, Source};
+use crate::model::{Format, ProcessIdentity, RootfsPath, Source};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::file;
 use crate::threads;
@@ -33,9 +33,10 @@ const MAX_KNOWN_PATHS: usize = 16 * 1024;
 pub(crate) struct Feed {
     pub(crate) group: Arc<Group>,
     pub(crate) shared: Arc<Files>,
-    /// Whether the image has a file at a path. Kept because this does not change, and log
-    /// files are written again and again.
-    pub(crate) in_image: HashMap<(ContainerId, RootfsPath), bool>,
+    /// Whether the image has a file at a path, by the init of the container's run: another
+    /// run with the same ID may have another image. Kept because this does not change, and
+    /// log files are written again and again.
+    pub(crate) in_image: HashMap<(ProcessIdentity, RootfsPath), bool>,
 }
 
 impl Feed {
@@ -111,7 +112,7 @@ impl Feed {
 
     fn is_in_image(&mut self, watched: &Arc<Watched>, path: &RootfsPath) -> bool {
         let Some(layers) = watched.layers() else { return true };
-        let key = (watched.container.clone(), path.clone());
+        let key = (watched.init, path.clone());
         if let Some(known) = self.in_image.get(&key) {
             return *known;
         }
