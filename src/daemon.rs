@@ -74,8 +74,8 @@ pub fn run(
     let _claim = Store::claim(&baselines)?;
     let store = Arc::new(Store::open(&baselines, health.clone())?);
 
-    let (report_sender, reports) = bounded(16_384);
-    let watch = start_watch(config, &settings, report_sender, &health, gate)?;
+    let (sensor_event_sender, sensor_events) = bounded(16_384);
+    let watch = start_watch(config, &settings, sensor_event_sender, &health, gate)?;
     guarded_by.1.progress().needs(watch.gate_turns());
     guarded_by.1.progress().needs(health.threads.beats());
     let writer = history.start(keep_of(config), health.clone());
@@ -85,27 +85,27 @@ pub fn run(
     }
 
     let runtime = async_runtime()?;
-    let (news_sender, news) = bounded(1024);
+    let (baseline_event_sender, baseline_events) = bounded(1024);
     let recorder = Recorder::start(
         store.clone(),
         &config.baseline,
         Arc::new(ContentBlobs::new(runtime.handle().clone())),
-        news_sender,
+        baseline_event_sender,
         health.clone(),
     );
 
     // When one of these channels is full, the sender keeps the message.
-    let (change_sender, changes) = bounded(256);
-    let (request_sender, questions) = bounded(64);
+    let (runtime_event_sender, runtime_events) = bounded(256);
+    let (request_sender, requests) = bounded(64);
     let (response_sender, responses) = bounded(256);
-    let (order_sender, orders) = mpsc::channel(256);
+    let (response_request_sender, response_requests) = mpsc::channel(256);
     let (stop_sender, stop) = bounded::<Infallible>(0);
     let history_begun = writer.begun();
     let inputs = Inputs {
-        runtime_events: changes,
-        sensor_events: reports,
-        baseline_events: news,
-        requests: questions,
+        runtime_events,
+        sensor_events,
+        baseline_events,
+        requests,
         responses,
         history_begun,
         stop,
@@ -114,7 +114,7 @@ pub fn run(
         commands: watch.commands(),
         recorder: recorder.clone(),
         records: writer.records(),
-        response_requests: order_sender,
+        response_requests: response_request_sender,
     };
     let pipeline_ended = start_pipeline(state, reader, inputs, outputs, &health.threads)?;
     let (gave_up_sender, gave_up) = mpsc::unbounded_channel();
@@ -125,9 +125,15 @@ pub fn run(
     let containerd = {
         let _runtime = runtime.enter();
         let recording = recorder.clone();
-        Containerd::start_with(&config.containerd, &change_sender, recording, &health, Some(&lane))
+        Containerd::start_with(
+            &config.containerd,
+            &runtime_event_sender,
+            recording,
+            &health,
+            Some(&lane),
+        )
     };
-    drop(change_sender);
+    drop(runtime_event_sender);
 
     let serving = Serving {
         backend: api::Backend {
@@ -141,7 +147,7 @@ pub fn run(
             images: Arc::new(containerd.clone()),
         },
         containerd: containerd.clone(),
-        orders,
+        response_requests,
         response_sender,
         keep: Box::new(writer.keeper()),
         logged,
@@ -339,7 +345,7 @@ fn command_for(urgent: Urgent) -> SensorCommand {
 struct Serving {
     backend: api::Backend,
     containerd: Containerd,
-    orders: mpsc::Receiver<ResponseRequest>,
+    response_requests: mpsc::Receiver<ResponseRequest>,
     response_sender: Sender<Response>,
     keep: Box<dyn Fn(Keep) + Send>,
     /// The sequence number up to which earlier runs have logged the history.
@@ -362,7 +368,7 @@ async fn serve(
     let Serving {
         backend,
         containerd,
-        orders,
+        response_requests,
         response_sender,
         keep,
         logged,
@@ -371,7 +377,7 @@ async fn serve(
         api_ends,
         ends,
     } = serving;
-    tokio::spawn(respond::run(containerd, orders, response_sender));
+    tokio::spawn(respond::run(containerd, response_requests, response_sender));
     let listener = api::Listener::bind(&config.socket)?;
     let reloading = Reloading { config: config.clone(), keep, requests: backend.requests.clone() };
     tokio::spawn(reload_at_hangups(hangups()?, reread, reloading));

@@ -99,8 +99,8 @@ impl ResponseRequest {
 /// What a response needs of a container runtime. Each of these names one run: where that
 /// is over, nothing is done and the error is [`Error::Gone`].
 pub trait Runtime: Clone + Send + Sync + 'static {
-    /// Kills all processes of a run. `None` stands for a container of which no run is
-    /// known. With `no_restart` the runtime does not start it again, if it would.
+    /// Kills all processes of a run. `None` stands for a container without a known
+    /// run. With `no_restart` the runtime does not start it again, if it would.
     fn kill(
         &self,
         container: &ContainerId,

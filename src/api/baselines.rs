@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use super::{convert, proto};
 use crate::baseline::{
-    self, FileEntry, FindError, ImageBaseline, ImageDifference, ImageRecord, Known, KnownBy,
-    LayerDifference, LayerEntry, LayerReport, Progress, Proof, Recorded, Witness,
+    self, FileEntry, FindError, ImageBaseline, ImageDifference, ImageRecord, KnownBaseline,
+    KnownBy, LayerDifference, LayerEntry, LayerReport, Progress, Proof, Recorded, Witness,
 };
 use crate::containerd::Containerd;
 use crate::model::printable;
@@ -141,8 +141,8 @@ pub fn known_by_name(known_by: KnownBy) -> &'static str {
     }
 }
 
-pub fn file_to_proto(known: Known) -> proto::BaselineFile {
-    let Known { entry, layer } = known;
+pub fn file_to_proto(known: KnownBaseline) -> proto::BaselineFile {
+    let KnownBaseline { entry, layer } = known;
     proto::BaselineFile { layer: layer.to_string(), ..entry_to_proto(entry) }
 }
 

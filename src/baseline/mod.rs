@@ -35,8 +35,6 @@ pub mod walk;
 
 pub use diff::{ImageDifference, diff};
 pub use layer::{Device, FileEntry, LayerBaseline, LayerEntry};
-// `Known` is the short name that other rooms use.
-pub use merge::KnownBaseline as Known;
 pub use merge::{ImageBaseline, KnownBaseline, Totals};
 pub use recorder::{Answer, Queue, RecordRequest, Recorder};
 pub use store::{Collected, FindError, ImageName, ImageRecord, Store};

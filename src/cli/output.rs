@@ -207,7 +207,7 @@ impl Listing {
     }
 }
 
-/// A type of which lists are printed.
+/// A type that is printed as a list.
 pub(super) trait Listed {
     type Json<'a>: Serialize
     where

@@ -128,8 +128,8 @@ impl Containerd {
         self.following.iter().for_each(AbortHandle::abort);
     }
 
-    /// Kills all processes of one run of a container. `None` stands for a container of which
-    /// no run is known. With `no_restart`, containerd's restart monitor is first ordered to
+    /// Kills all processes of one run of a container. `None` stands for a container without a
+    /// known run. With `no_restart`, containerd's restart monitor is first ordered to
     /// leave the container stopped, if it would start it again.
     pub async fn kill(
         &self,

@@ -214,7 +214,7 @@ async fn check_not_running(namespace: &Namespace, container: &str) -> Result<(),
     }
 }
 
-/// Kills every process of a run. `None` stands for a container of which no run is known.
+/// Kills every process of a run. `None` stands for a container without a known run.
 pub(super) async fn kill(
     namespace: &Namespace,
     container: &str,

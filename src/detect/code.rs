@@ -33,7 +33,7 @@ pub(super) fn assess_code(
     };
     let origins = origin(image, state).filter(|_| known.is_none() || !state.could_change);
     if let Some(origins) = origins {
-        // Known code from an unusual place: it can be loaded instead of other code.
+        // KnownBaseline code from an unusual place: it can be loaded instead of other code.
         let expected = origins.into_iter().next();
         let severity = severity.min(Severity::Medium);
         let judgements = vec![Judgement { kind, severity, expected }];

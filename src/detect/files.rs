@@ -5,7 +5,7 @@ use super::image::{known_program, leads_to_program, occupies, origin, same};
 use super::judgement::{Assessment, Change, Judgement};
 use super::privileges::privileged;
 use super::relocation::relocated;
-use crate::baseline::{ImageBaseline, Known};
+use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::model::{FileState, FileType, Kind, RootfsPath, Severity, programs};
 
 pub(super) fn assess_present(
@@ -70,7 +70,7 @@ pub(super) fn assess_absent(image: &ImageBaseline, path: &RootfsPath) -> Assessm
 /// A directory that is gone is as severe as the most severe file that the image has in it.
 fn removed_severity(image: &ImageBaseline, path: &RootfsPath) -> Severity {
     let is_program =
-        |known: Known| known_program(&known) || leads_to_program(image, &known.entry.path);
+        |known: KnownBaseline| known_program(&known) || leads_to_program(image, &known.entry.path);
     if programs::is_guard(path.file_name())
         || image.named_below(path, programs::is_guard).any(is_program)
     {

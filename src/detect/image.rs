@@ -1,18 +1,18 @@
 //! What the image has at a path or with a content, as the other files of this room need it.
 //! Pure lookups in the baseline: nothing is judged here.
 
-use crate::baseline::{ImageBaseline, Known};
+use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::model::file::is_program;
 use crate::model::{FileState, FileType, RootfsPath};
 
 /// Whether the image has a file here whose place another file can take. A directory of the
 /// image does not count: a file in its place counts as added.
-pub(super) fn occupies(known: &Known) -> bool {
+pub(super) fn occupies(known: &KnownBaseline) -> bool {
     known.entry.file_type != FileType::Directory
 }
 
 /// Whether both are known to hold the same bytes. An unknown content is never the same.
-pub(super) fn same(known: &Known, state: &FileState) -> bool {
+pub(super) fn same(known: &KnownBaseline, state: &FileState) -> bool {
     known.entry.file_type == FileType::Regular
         && state.file_type == FileType::Regular
         && known.entry.blake3.is_some()
@@ -21,7 +21,7 @@ pub(super) fn same(known: &Known, state: &FileState) -> bool {
 
 /// Whether a file that was run held what the image has there, and could not have held
 /// anything else at that moment.
-pub(super) fn ran_as_known(known: &Known, state: &FileState) -> bool {
+pub(super) fn ran_as_known(known: &KnownBaseline, state: &FileState) -> bool {
     same(known, state) && !state.could_change
 }
 
@@ -30,13 +30,13 @@ pub fn is_program_of(image: &ImageBaseline, path: &RootfsPath) -> bool {
     image.get(path).as_ref().is_some_and(known_program)
 }
 
-pub(super) fn known_program(known: &Known) -> bool {
+pub(super) fn known_program(known: &KnownBaseline) -> bool {
     known.entry.file_type == FileType::Regular && is_program(known.entry.format, known.entry.mode)
 }
 
 /// The paths at which the image has this content. An empty file has no origin: too many
 /// files are empty.
-pub(super) fn origin(image: &ImageBaseline, state: &FileState) -> Option<Vec<Known>> {
+pub(super) fn origin(image: &ImageBaseline, state: &FileState) -> Option<Vec<KnownBaseline>> {
     let blake3 = state.blake3().filter(|_| state.size > 0)?;
     // Enough for programs with very many names, such as busybox.
     const NAMES: usize = 512;
@@ -60,7 +60,7 @@ pub(super) fn in_world_writable_directory(image: &ImageBaseline, path: &RootfsPa
 pub(super) struct Followed {
     /// Ends with the file's own path.
     pub(super) way: Vec<RootfsPath>,
-    pub(super) file: Known,
+    pub(super) file: KnownBaseline,
 }
 
 /// Follows a path and its symlinks inside the image, through a limited number of symlinks.

@@ -1,7 +1,7 @@
 //! What a fact means: how the container differs from its image, and what is wrong with that.
 //! Types only; the pipeline makes findings of them.
 
-use crate::baseline::Known;
+use crate::baseline::KnownBaseline;
 use crate::model::{Kind, Severity};
 
 /// How one path of a container differs from its image, drift or not.
@@ -24,12 +24,12 @@ pub struct Judgement {
     pub severity: Severity,
     /// What the image has instead: at the path or, for relocated content, where
     /// the content belongs.
-    pub expected: Option<Known>,
+    pub expected: Option<KnownBaseline>,
 }
 
 impl Judgement {
     /// A judgement with the usual severity of its kind.
-    pub(super) fn of(kind: Kind, expected: Option<Known>) -> Judgement {
+    pub(super) fn of(kind: Kind, expected: Option<KnownBaseline>) -> Judgement {
         Judgement { kind, severity: kind.severity(), expected }
     }
 }

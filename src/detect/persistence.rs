@@ -3,7 +3,7 @@
 
 use super::image::{occupies, origin, same};
 use super::judgement::Judgement;
-use crate::baseline::{ImageBaseline, Known};
+use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::model::{
     Blake3Hash, Content, FileState, FileType, Kind, PathGlobs, RootfsPath, Severity, Unhashed,
 };
@@ -62,7 +62,7 @@ pub(super) fn persistence(
 const SKELETON: &[u8] = b"/etc/skel";
 
 /// Whether both are symlinks with the same target. The content of a symlink is its target.
-fn is_same_link(known: &Known, state: &FileState) -> bool {
+fn is_same_link(known: &KnownBaseline, state: &FileState) -> bool {
     known.entry.file_type == FileType::Symlink
         && state.file_type == FileType::Symlink
         && known.entry.link_target.as_deref().is_some_and(|target| {

@@ -2,13 +2,13 @@
 //! files of the other subjects add this judgement to their own.
 
 use super::judgement::Judgement;
-use crate::baseline::Known;
+use crate::baseline::KnownBaseline;
 use crate::model::file::grants_identity;
 use crate::model::{FileState, FileType, Format, Kind};
 
 /// An identity or a capability that the file grants and the image does not grant at this
 /// path.
-pub(super) fn privileged(known: Option<Known>, state: &FileState) -> Option<Judgement> {
+pub(super) fn privileged(known: Option<KnownBaseline>, state: &FileState) -> Option<Judgement> {
     if state.file_type != FileType::Regular || !can_gain(state) {
         return None;
     }

@@ -3,14 +3,14 @@
 
 use super::image::{follow, in_world_writable_directory};
 use super::judgement::Judgement;
-use crate::baseline::{ImageBaseline, Known};
+use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::model::{Kind, RootfsPath, Severity, programs};
 
 pub(super) fn relocated(
     image: &ImageBaseline,
     kind: Kind,
     path: &RootfsPath,
-    origins: Vec<Known>,
+    origins: Vec<KnownBaseline>,
 ) -> Judgement {
     let disguised = kind == Kind::ExecRelocated
         && (in_world_writable_directory(image, path) || takes_a_name(image, path, &origins));
@@ -21,7 +21,7 @@ pub(super) fn relocated(
 /// Whether `path` has the name of another program than the one whose content it has. A
 /// program that acts by its name (busybox) then does something else, and a reader of a
 /// process list is misled.
-fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[Known]) -> bool {
+fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[KnownBaseline]) -> bool {
     let name = path.file_name();
     let own_name = origins.iter().any(|origin| origin.entry.path.file_name() == name)
         // The image itself gives this name here, as a symlink.

@@ -27,7 +27,7 @@ pub fn printable(bytes: &[u8]) -> String {
     text
 }
 
-/// The bytes of which [`printable`] made `text`.
+/// The bytes that [`printable`] turned into `text`.
 pub fn bytes_of_printable(text: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text;

@@ -3,7 +3,7 @@
 
 use jiff::Timestamp;
 
-use crate::baseline::{FileEntry, Known};
+use crate::baseline::{FileEntry, KnownBaseline};
 use crate::detect::Judgement;
 use crate::model::finding::{Subject, octal};
 use crate::model::{
@@ -99,7 +99,7 @@ pub(super) fn file_evidence(
 }
 
 /// A file that is gone, as the image has it.
-pub(super) fn removed_evidence(path: &RootfsPath, known: &Known) -> FileEvidence {
+pub(super) fn removed_evidence(path: &RootfsPath, known: &KnownBaseline) -> FileEvidence {
     FileEvidence {
         path: path.clone(),
         blake3: None,
@@ -129,7 +129,7 @@ pub(super) fn entry_evidence(entry: &FileEntry, filesystem: &str) -> FileEvidenc
 
 /// What the image has instead.
 pub(super) fn expected(
-    known: &Known,
+    known: &KnownBaseline,
     lower: Option<&LowerTwin>,
     state: Option<&FileState>,
 ) -> Expected {

@@ -13,7 +13,7 @@ use super::gaps::{Gap, Until};
 use super::messages::Effect;
 use super::state::State;
 use crate::baseline::merge::Shown;
-use crate::baseline::{FileEntry, Known, LayerDifference, LayerEntry};
+use crate::baseline::{FileEntry, KnownBaseline, LayerDifference, LayerEntry};
 use crate::budget;
 use crate::health::Failure;
 use crate::inventory::{BaselineState, Entry};
@@ -225,10 +225,10 @@ fn expected_of(
     entry: Option<&Entry>,
     layer: LayerId,
     difference: &LayerDifference,
-) -> Option<Known> {
+) -> Option<KnownBaseline> {
     let own = difference.expected.as_ref().and_then(file_of);
     match (own, entry.map(|entry| &entry.baseline.state)) {
-        (Some(file), _) => Some(Known { entry: file.clone(), layer }),
+        (Some(file), _) => Some(KnownBaseline { entry: file.clone(), layer }),
         // An entry of the image that comes from this layer was recorded wrongly.
         (None, Some(BaselineState::Ready(image))) => {
             image.get(&difference.path).filter(|known| known.layer != layer)

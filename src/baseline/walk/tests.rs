@@ -489,7 +489,7 @@ fn a_rate_is_kept_and_given_up_when_stopped() {
         recheck(&pool, scratch.path(), &known, None, Some(&rate), None, stop)
             .map(|_| start.elapsed())
     };
-    // Eight reads, of which the first need not wait: seven tenths of a second.
+    // The first of eight reads need not wait: seven tenths of a second.
     let took = rechecked(10 * BUFFER as u64, &AtomicBool::new(false)).unwrap();
     assert!(took >= Duration::from_millis(690), "{took:?}");
 
@@ -512,7 +512,7 @@ fn cached(path: &Path) -> u64 {
     String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
 }
 
-/// Reads a file of which all is in the page cache and one of which nothing is.
+/// Reads a file that is wholly in the page cache, and a file that is not in it at all.
 #[track_caller]
 fn check_page_cache(dontcache: bool) {
     // Not below /tmp, which may be a tmpfs: that is nothing but a page cache.

@@ -143,8 +143,8 @@ impl Images {
     }
 }
 
-/// Files the archives of an image's layers by the chain IDs of which they are the top. A layer
-/// may have several (gzip, zstd). Which one is kept does not depend on the order in which
+/// Stores each archive of an image's layers under the chain ID of the stack that ends with
+/// its layer. A layer may have several archives (gzip, zstd). Which one is kept does not depend on the order in which
 /// images are resolved.
 pub(super) fn learn_blobs(
     blobs: &mut HashMap<(Arc<str>, ChainId), Blob>,

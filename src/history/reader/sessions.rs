@@ -76,7 +76,7 @@ impl Reader {
         })
     }
 
-    /// The sessions of which no end is known, newest first. When driftd starts, they either
+    /// The sessions without a known end, newest first. When driftd starts, they either
     /// go on or ended while it did not run.
     pub fn open_sessions(&self) -> Result<Vec<Session>, Error> {
         self.select(

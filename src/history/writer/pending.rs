@@ -25,7 +25,7 @@ const PENDING_MEMBERS: usize = 100_000;
 /// The same for commands of sessions.
 const PENDING_COMMANDS: usize = 20_000;
 
-/// What comes in revisions, of which only the newest is stored.
+/// A record that has revisions. Only the newest revision is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Revised {
     Finding(FindingId),

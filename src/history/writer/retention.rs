@@ -128,7 +128,7 @@ pub(super) fn drop_record(connection: &Connection, what: &str, id: &str) -> rusq
     Ok(seq.unwrap_or_default())
 }
 
-/// Drops the labels of containers of which nothing else is stored.
+/// Drops the labels of a container when nothing else about it is stored.
 pub(super) fn drop_labels(connection: &Connection) -> rusqlite::Result<()> {
     connection.prepare_cached("DELETE FROM held WHERE bytes <= 0")?.execute([])?;
     connection

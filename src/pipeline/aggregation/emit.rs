@@ -12,7 +12,7 @@ use super::packages::{
     is_site_hook, transaction_id,
 };
 use super::put::{MemberFile, Target};
-use crate::baseline::{ImageBaseline, Known};
+use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::detect::Judgement;
 use crate::inventory::{Aspect, BaselineState, Entry, Reported};
 use crate::model::file::is_program;
@@ -308,7 +308,7 @@ fn has_own_finding(
 
 /// Whether the image has a program here, and no finding was ever about the path.
 fn is_unchanged(entry: &Entry, image: &ImageBaseline, path: &RootfsPath) -> bool {
-    let is_of_image = |known: Known| match known.entry.file_type {
+    let is_of_image = |known: KnownBaseline| match known.entry.file_type {
         FileType::Regular => is_program(known.entry.format, known.entry.mode),
         FileType::Symlink => true,
         _ => false,

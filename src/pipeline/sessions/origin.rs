@@ -1,5 +1,5 @@
-//! How a session came into its container, and on behalf of which client, as far as containerd
-//! and the record of the container show. Pure.
+//! Finds how a session came into its container, and which client asked for it. The sources are
+//! containerd and the record of the container. Pure.
 
 use crate::model::{Container, ContainerId, Entry, Opening};
 

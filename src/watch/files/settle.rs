@@ -84,7 +84,7 @@ pub(crate) fn report_settled(
                 watched.ways.forget(&path);
             }
             if walk::matters(shared, &watched, &path, &state, lower.as_ref()) {
-                let writer = writer.or_else(|| shared.last_writer(&watched, &stat));
+                let writer = writer.or_else(|| shared.writer_of_file(&watched, &stat));
                 report(Fact::Present { path, state, lower, writer });
             }
         }

@@ -121,12 +121,6 @@ impl Files {
         writer
     }
 
-    /// The last writer of a file of the upper layer, whatever name the file had.
-    pub(crate) fn last_writer(&self, watched: &Watched, stat: &file::Stat) -> Option<Arc<Process>> {
-        let writer = self.writers().of(watched.device, stat)?;
-        self.process_of(watched, writer)
-    }
-
     /// The writer's process, if it was examined or descended from a package manager.
     pub(crate) fn process_of(&self, watched: &Watched, writer: Writer) -> Option<Arc<Process>> {
         let Writer { named, process } = writer;

@@ -412,7 +412,7 @@ impl Walk {
         }
         let writer = self.writer(shared, &path).or_else(|| {
             let is_watched = self.extent != Extent::Stopped;
-            is_watched.then(|| shared.last_writer(&self.watched, &cached.stat)).flatten()
+            is_watched.then(|| shared.writer_of_file(&self.watched, &cached.stat)).flatten()
         });
         let Cached { stat, state, lower } = cached;
         // A file that could not be read is tried again in the next walk.
