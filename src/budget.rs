@@ -20,7 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::model::{
-    Fact, FileEvidence, Filesystem, Finding, Kind, Observation, Process, Script, Severity, shorten,
+    Fact, FileEvidence, FileFact, Filesystem, Finding, Kind, Observation, Process, SessionFact,
+    Severity, shorten,
 };
 
 /// A number of entries, and their bytes.
@@ -287,22 +288,23 @@ pub fn weight_of_process(process: &Process) -> usize {
 fn weight_of_observation(observation: &Observation) -> usize {
     let process = observation.fact.process().map_or(0, |process| weight_of_process(process));
     let other = observation.reached_as.as_ref().map_or(0, |path| path.as_bytes().len());
-    let path = match &observation.fact {
-        Fact::Executed { path, .. }
-        | Fact::Loaded { path, .. }
-        | Fact::Interpreted { script: Script::File { path, .. }, .. }
-        | Fact::Present { path, .. }
-        | Fact::Absent { path, .. } => path.as_bytes().len(),
-        Fact::SessionOpened { opening } => weight_of_process(&opening.process),
-        Fact::SessionRan { run, .. } => run.argv.iter().flatten().map(String::len).sum(),
-        Fact::Interpreted { script: Script::Pipe { .. }, .. }
-        | Fact::ReverseShell { .. }
-        | Fact::PackageManager { .. }
-        | Fact::SessionRanMore { .. }
-        | Fact::SessionInteractive { .. }
-        | Fact::SessionProcessEnded { .. } => 0,
+    let own = match &observation.fact {
+        Fact::File(fact) => fact.path().map_or(0, |path| path.as_bytes().len()),
+        Fact::Session(fact) => weight_of_session_fact(fact),
+        Fact::PackageManager { .. } => 0,
     };
-    size_of::<Observation>() + process + path + other
+    size_of::<Observation>() + process + own + other
+}
+
+fn weight_of_session_fact(fact: &SessionFact) -> usize {
+    match fact {
+        SessionFact::Opened { opening } => weight_of_process(&opening.process),
+        SessionFact::Ran { run, .. } => run.argv.iter().flatten().map(String::len).sum(),
+        SessionFact::RanMore { .. }
+        | SessionFact::Interactive { .. }
+        | SessionFact::ProcessEnded { .. }
+        | SessionFact::ReverseShell { .. } => 0,
+    }
 }
 
 /// How bad it is to lose an observation that was not judged yet.
@@ -318,18 +320,22 @@ enum Rank {
 
 fn rank(fact: &Fact) -> Rank {
     match fact {
-        Fact::Present { .. } | Fact::Absent { .. } => Rank::LiesThere,
-        Fact::Executed { filesystem: Filesystem::Anonymous, .. }
-        | Fact::ReverseShell { .. }
-        | Fact::SessionOpened { .. }
-        | Fact::SessionInteractive { .. } => Rank::Foreign,
-        Fact::Executed { .. }
-        | Fact::Loaded { .. }
-        | Fact::Interpreted { .. }
-        | Fact::PackageManager { .. }
-        | Fact::SessionRan { .. }
-        | Fact::SessionRanMore { .. }
-        | Fact::SessionProcessEnded { .. } => Rank::Happened,
+        Fact::File(fact) => match fact {
+            FileFact::Present { .. } | FileFact::Absent { .. } => Rank::LiesThere,
+            FileFact::Executed { filesystem: Filesystem::Anonymous, .. } => Rank::Foreign,
+            FileFact::Executed { .. } | FileFact::Loaded { .. } | FileFact::Interpreted { .. } => {
+                Rank::Happened
+            }
+        },
+        Fact::Session(fact) => match fact {
+            SessionFact::Opened { .. }
+            | SessionFact::Interactive { .. }
+            | SessionFact::ReverseShell { .. } => Rank::Foreign,
+            SessionFact::Ran { .. }
+            | SessionFact::RanMore { .. }
+            | SessionFact::ProcessEnded { .. } => Rank::Happened,
+        },
+        Fact::PackageManager { .. } => Rank::Happened,
     }
 }
 
@@ -503,10 +509,13 @@ mod tests {
     fn what_can_be_found_again_makes_room_for_what_cannot() {
         let pool = Pool::new(ALL_BACKLOGS);
         let mut waiting = Waiting::new(&pool, Size { number: 3, ..BACKLOG });
-        let gone = || Fact::Absent { path: RootfsPath::new("/x").unwrap(), writer: None };
-        let happened = |times| Fact::SessionRanMore {
-            root: crate::model::ProcessIdentity { pid: 1, start_time: 1 },
-            times,
+        let gone =
+            || Fact::File(FileFact::Absent { path: RootfsPath::new("/x").unwrap(), writer: None });
+        let happened = |times| {
+            Fact::Session(SessionFact::RanMore {
+                root: crate::model::ProcessIdentity { pid: 1, start_time: 1 },
+                times,
+            })
         };
         for (number, fact) in [gone(), happened(1), gone()].into_iter().enumerate() {
             assert!(waiting.push(observed(number, fact)).is_empty());

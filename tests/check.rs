@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use common::{Watchers, changed, mount_overlay, patience, require_root, wait_until};
 use driftd::config;
-use driftd::model::{Blake3Hash, ContainerId, Fact, FileTime, Filesystem, Observation};
+use driftd::model::{Blake3Hash, ContainerId, Fact, FileFact, FileTime, Filesystem, Observation};
 use driftd::sys::mounts::Notifier;
 use driftd::watch::{SensorCommand, SensorEvent, Trust};
 
@@ -166,7 +166,9 @@ impl Node {
         while pids.keys().any(|pid| !reported.contains_key(pid)) {
             let Ok(report) = self.watchers.reports.recv_deadline(deadline) else { break };
             let SensorEvent::Observed(Observation { fact, .. }) = &*report else { continue };
-            let Fact::Executed { path, state, process, .. } = fact else { continue };
+            let Fact::File(FileFact::Executed { path, state, process, .. }) = fact else {
+                continue;
+            };
             let is_images = path.file_name() == b"tool"
                 && state.blake3() == Some(container.tool)
                 && !state.could_change;
@@ -185,7 +187,7 @@ impl Node {
         while pids.keys().any(|pid| !filesystems.contains_key(pid)) {
             let Ok(report) = self.watchers.reports.recv_deadline(deadline) else { break };
             let SensorEvent::Observed(Observation { fact, .. }) = &*report else { continue };
-            let Fact::Executed { filesystem, process, .. } = fact else { continue };
+            let Fact::File(FileFact::Executed { filesystem, process, .. }) = fact else { continue };
             if pids.contains_key(&process.identity.pid) {
                 filesystems.insert(process.identity.pid, *filesystem);
             }

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use common::{Watchers, changed, mount_overlay, patience, require_root, run, wait_until};
 use driftd::config::{self, Gate};
-use driftd::model::{ContainerId, Fact, FileTime, Observation};
+use driftd::model::{ContainerId, Fact, FileFact, FileTime, Observation};
 use driftd::sys::mounts::Notifier;
 use driftd::watch::{self, SensorCommand, SensorEvent, Trust};
 use nix::sys::signal::Signal;
@@ -624,7 +624,7 @@ fn in_notify_mode_a_dropped_program_is_reported_and_no_program_waits() {
     write(&path, &program());
     run_surely(&path);
     node.until("the dropped program", |report| {
-        matches!(report, SensorEvent::Observed(Observation { fact: Fact::Executed { path, .. }, .. })
+        matches!(report, SensorEvent::Observed(Observation { fact: Fact::File(FileFact::Executed { path, .. }), .. })
             if path.as_bytes() == b"/tmp/dropped")
     });
     container.stop(&mut node);

@@ -24,6 +24,12 @@ pub(super) fn history_failed(err: &history::Error) -> Status {
     Status::internal(err.to_string())
 }
 
+/// A stored text is not what driftd stores.
+pub(super) fn unreadable(err: &serde_json::Error) -> Status {
+    tracing::error!("the history holds what cannot be read: {err}");
+    Status::internal(format!("the history holds what cannot be read: {err}"))
+}
+
 pub(super) fn lookup_failed(err: &LookupError) -> Status {
     match err {
         LookupError::Unknown(_) | LookupError::NotWhole(..) | LookupError::UnknownProbe(_) => {

@@ -10,12 +10,12 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tonic::Status;
 
-use super::failure::{history_failed, unblock};
+use super::failure::{history_failed, unblock, unreadable};
 use super::outbox::{Outbox, PATIENCE, Refused};
 use super::proto::follow_findings_response::Event;
 use super::{convert, proto};
 use crate::budget::{self, Pool};
-use crate::history::{Filter, Reader, Record};
+use crate::history::{Filter, Reader, Record, Stored};
 
 /// Records, and bytes of their JSON, that are read at once.
 const PAGE: usize = 256;
@@ -65,6 +65,8 @@ pub(super) struct Follower {
     pub(super) filter: Filter,
     /// Whether sessions are sent as well.
     pub(super) sessions: bool,
+    /// Whether findings are sent as the text that is stored.
+    pub(super) as_json: bool,
     pub(super) committed: watch::Receiver<u64>,
     /// Becomes true when driftd stops.
     pub(super) stopping: watch::Receiver<bool>,
@@ -124,7 +126,7 @@ impl Follower {
             let (reader, filter) = (self.reader.clone(), self.filter.clone());
             let turn = self.reading.acquire().await;
             let page =
-                unblock(move || reader.page_after(cursor, &filter, PAGE, PAGE_BYTES)).await?;
+                unblock(move || reader.stored_after(cursor, &filter, PAGE, PAGE_BYTES)).await?;
             drop(turn);
             let page = page.map_err(|err| history_failed(&err))?;
             let reported = reported_pruned.unwrap_or(page.pruned_through).max(cursor);
@@ -138,7 +140,7 @@ impl Follower {
             }
             reported_pruned = Some(page.pruned_through);
             for (seq, record) in page.records {
-                let Some(event) = self.event(record) else { continue };
+                let Some(event) = self.event(record)? else { continue };
                 let message = proto::FollowFindingsResponse { cursor: seq, event: Some(event) };
                 self.client.send(message).await?;
             }
@@ -151,20 +153,21 @@ impl Follower {
     }
 
     /// The event for a record; `None` if the client does not receive such records.
-    fn event(&self, record: Record) -> Option<Event> {
-        match record {
-            Record::Finding(finding) | Record::Aggregate { finding, .. } => {
-                Some(Event::Finding(convert::finding_to_proto(*finding)))
+    fn event(&self, record: Stored) -> Result<Option<Event>, Status> {
+        Ok(match record {
+            Stored::Finding(text) => {
+                let finding = convert::stored_finding_to_proto(text, self.as_json);
+                Some(Event::Finding(finding.map_err(|err| unreadable(&err))?))
             }
-            Record::Session { session, .. } if self.sessions => {
+            Stored::Other(Record::Session { session, .. }) if self.sessions => {
                 Some(Event::Session(convert::session_to_proto(*session)))
             }
-            Record::Gap { name, container, detail, at, until } => {
+            Stored::Other(Record::Gap { name, container, detail, at, until }) => {
                 Some(Event::Gap(convert::gap(name, container, detail, at, until)))
             }
             // A response's outcome is in the finding's next revision.
-            Record::Response(_) | Record::Session { .. } | Record::Probe(_) => None,
-        }
+            Stored::Other(_) => None,
+        })
     }
 }
 

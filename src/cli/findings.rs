@@ -164,6 +164,7 @@ impl Findings {
             filter: Some(self.filter.to_proto()?),
             after_cursor: self.part.after.to_proto(),
             sessions: false,
+            as_json: true,
         };
         let (listing, colour) = (&self.listing, colour());
         follow(server, request, |cursor, event| match event {
@@ -190,8 +191,12 @@ pub(super) async fn fetch(
     page_size: u32,
     page_token: String,
 ) -> anyhow::Result<Page<Finding>> {
-    let request =
-        proto::ListFindingsRequest { filter: Some(filter.clone()), page_size, page_token };
+    let request = proto::ListFindingsRequest {
+        filter: Some(filter.clone()),
+        page_size,
+        page_token,
+        as_json: true,
+    };
     let found = client.list_findings(request).await.map_err(explain)?.into_inner();
     page(found.findings, found.next_page_token, convert::finding_from_proto)
 }

@@ -85,6 +85,7 @@ impl Sessions {
             }),
             after_cursor: self.part.after.to_proto(),
             sessions: true,
+            as_json: true,
         };
         let timestamp =
             |when: Option<&When>| when.map(When::timestamp).transpose().map_err(anyhow::Error::msg);

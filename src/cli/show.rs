@@ -57,8 +57,10 @@ impl Show {
 async fn find(mut client: Client, id: String) -> anyhow::Result<Shown> {
     // An older driftd has no sessions.
     let is_none = |status: &Status| matches!(status.code(), Code::NotFound | Code::Unimplemented);
-    let finding = client.get_finding(proto::GetFindingRequest { id: id.clone() }).await;
-    let session = client.get_session(proto::GetSessionRequest { id: id.clone() }).await;
+    let finding =
+        client.get_finding(proto::GetFindingRequest { id: id.clone(), as_json: true }).await;
+    let session =
+        client.get_session(proto::GetSessionRequest { id: id.clone(), as_json: true }).await;
     match (finding, session) {
         (Ok(reply), Err(status)) if is_none(&status) => {
             let reply = reply.into_inner();

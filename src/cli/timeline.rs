@@ -86,6 +86,7 @@ impl Timeline {
                 until,
                 page_size,
                 page_token,
+                as_json: true,
             };
             let found = client.get_timeline(request).await.map_err(explain)?.into_inner();
             // From now on the whole ID: a later container may have an ID that begins alike.

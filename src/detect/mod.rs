@@ -32,36 +32,35 @@ use self::executed::{assess_executed, assess_executed_elsewhere};
 use self::files::{assess_absent, assess_present};
 use self::persistence::persistence;
 use crate::baseline::ImageBaseline;
-use crate::model::{Fact, Filesystem, Kind, Script, Severity};
+use crate::model::{FileFact, Filesystem, Kind, Script, Severity};
 
-/// Judges a fact about a file. `None` for sessions and reverse shells, which are no facts
-/// about a file.
-pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> Option<Assessment> {
+/// Judges a fact about a file.
+pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &FileFact) -> Assessment {
     match fact {
-        Fact::Executed { path, filesystem, running, state, .. } => Some(match filesystem {
+        FileFact::Executed { path, filesystem, running, state, .. } => match filesystem {
             Filesystem::Overlay => assess_executed(image, path, state, *running),
             Filesystem::Tmpfs
             | Filesystem::Volume
             | Filesystem::Anonymous
             | Filesystem::Container => assess_executed_elsewhere(image, path, *filesystem, state),
-        }),
-        Fact::Loaded { path, filesystem, state, is_shared, .. } => {
+        },
+        FileFact::Loaded { path, filesystem, state, is_shared, .. } => {
             let mut assessment = assess_code(image, Kind::LibraryLoaded, path, *filesystem, state);
             if is_generated(image, path, *filesystem, state, *is_shared) {
                 for judgement in &mut assessment.judgements {
                     judgement.severity = Severity::Info;
                 }
             }
-            Some(assessment)
+            assessment
         }
-        Fact::Interpreted { script: Script::File { path, filesystem, state, .. }, .. } => {
-            Some(assess_code(image, Kind::ExecInterpreted, path, *filesystem, state))
+        FileFact::Interpreted { script: Script::File { path, filesystem, state, .. }, .. } => {
+            assess_code(image, Kind::ExecInterpreted, path, *filesystem, state)
         }
-        Fact::Interpreted { script: Script::Pipe { .. }, .. } => Some(Assessment {
+        FileFact::Interpreted { script: Script::Pipe { .. }, .. } => Assessment {
             change: Change::Added,
             judgements: vec![Judgement::of(Kind::ExecInterpreted, None)],
-        }),
-        Fact::Present { path, state, .. } => {
+        },
+        FileFact::Present { path, state, .. } => {
             let mut assessment = assess_present(image, path, state);
             if sensitive.covers(path, state) {
                 // Behind the judgement of the file itself, before that of its privileges.
@@ -69,16 +68,9 @@ pub fn assess(image: &ImageBaseline, sensitive: Sensitive<'_>, fact: &Fact) -> O
                 let found = persistence(image, path, state);
                 assessment.judgements.splice(at..at, found);
             }
-            Some(assessment)
+            assessment
         }
-        Fact::Absent { path, .. } => Some(assess_absent(image, path)),
-        Fact::ReverseShell { .. }
-        | Fact::PackageManager { .. }
-        | Fact::SessionOpened { .. }
-        | Fact::SessionRan { .. }
-        | Fact::SessionRanMore { .. }
-        | Fact::SessionInteractive { .. }
-        | Fact::SessionProcessEnded { .. } => None,
+        FileFact::Absent { path, .. } => assess_absent(image, path),
     }
 }
 

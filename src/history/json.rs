@@ -6,7 +6,6 @@ use std::path::Path;
 
 use jiff::Timestamp;
 use rusqlite::Row;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;
@@ -99,10 +98,12 @@ pub(super) fn labels(labels: &Labels) -> serde_json::Result<(String, String)> {
     Ok((hex(&hash.as_bytes()[..16]), text))
 }
 
-/// A type that is stored as the same JSON that is published.
-pub(super) trait Kept: DeserializeOwned {
+/// A type that is stored as JSON.
+pub(super) trait Kept: Sized {
     /// Its table. Messages call one of its rows by the same name.
     const TABLE: &'static str;
+
+    fn read(text: &str) -> serde_json::Result<Self>;
 
     /// The SQL expression of its whole JSON.
     fn column() -> String {
@@ -115,8 +116,30 @@ pub(super) trait Kept: DeserializeOwned {
     }
 }
 
+/// A finding as the text that is stored, for a reader that sends it on as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FindingText(pub String);
+
+impl FindingText {
+    pub fn parse(&self) -> serde_json::Result<Finding> {
+        serde_json::from_str(&self.0)
+    }
+}
+
+impl Kept for FindingText {
+    const TABLE: &'static str = Finding::TABLE;
+
+    fn read(text: &str) -> serde_json::Result<FindingText> {
+        Ok(FindingText(text.to_owned()))
+    }
+}
+
 impl Kept for Finding {
     const TABLE: &'static str = "finding";
+
+    fn read(text: &str) -> serde_json::Result<Self> {
+        serde_json::from_str(text)
+    }
 
     fn labels(&mut self) -> Option<&mut Labels> {
         self.container.as_mut().map(|container| &mut container.labels)
@@ -126,6 +149,10 @@ impl Kept for Finding {
 impl Kept for Session {
     const TABLE: &'static str = "session";
 
+    fn read(text: &str) -> serde_json::Result<Self> {
+        serde_json::from_str(text)
+    }
+
     fn labels(&mut self) -> Option<&mut Labels> {
         Some(&mut self.container.labels)
     }
@@ -134,13 +161,48 @@ impl Kept for Session {
 impl Kept for Command {
     const TABLE: &'static str = "command";
 
+    fn read(text: &str) -> serde_json::Result<Self> {
+        serde_json::from_str(text)
+    }
+
     fn column() -> String {
         "json".to_owned()
     }
 }
 
+impl Kept for Response {
+    const TABLE: &'static str = "response";
+
+    fn read(text: &str) -> serde_json::Result<Self> {
+        let ResponseJson {
+            schema: _,
+            container,
+            reason,
+            requested_by,
+            requested_at,
+            finding,
+            incarnation,
+            outcome,
+        } = serde_json::from_str(text)?;
+        Ok(Response {
+            ticket: 0,
+            incarnation,
+            container,
+            reason,
+            requested_by,
+            requested_at,
+            finding,
+            outcome,
+        })
+    }
+}
+
 impl Kept for Probe {
     const TABLE: &'static str = "probe";
+
+    fn read(text: &str) -> serde_json::Result<Self> {
+        serde_json::from_str(text)
+    }
 
     fn labels(&mut self) -> Option<&mut Labels> {
         Some(&mut self.container.labels)
@@ -156,42 +218,22 @@ pub(super) fn kept<T: Kept>(
 ) -> Result<T, Error> {
     let failed = Error::sql("read", path);
     let text = row.get_ref(json).and_then(|value| Ok(value.as_str()?)).map_err(&failed)?;
-    serde_json::from_str(text).map_err(|err| Error::Corrupt {
+    T::read(text).map_err(|err| Error::Corrupt {
         path: path.into(),
         detail: format!("{} {}: {err}", T::TABLE, row.get::<_, String>(id).unwrap_or_default()),
     })
 }
 
-/// Reads a record of the given type from the column `json` of `row`.
-pub(super) fn record(row: &Row<'_>, kind: &str, json: usize, path: &Path) -> Result<Record, Error> {
-    let failed = Error::sql("read", path);
-    let text = row.get_ref(json).and_then(|value| Ok(value.as_str()?)).map_err(&failed)?;
-    let parsed = match kind {
-        "finding" => serde_json::from_str(text).map(Record::Finding),
-        "session" => serde_json::from_str(text)
-            .map(|session| Record::Session { session, commands: Vec::new() }),
-        "response" => response(text).map(|response| Record::Response(Box::new(response))),
-        _ => gap(text).map(|json| Record::Gap {
-            name: json.name,
-            container: json.container,
-            detail: json.detail,
-            at: json.at,
-            until: json.until,
-        }),
-    };
-    parsed.map_err(|err| Error::Corrupt { path: path.into(), detail: format!("a {kind}: {err}") })
-}
-
-pub(super) fn response(text: &str) -> serde_json::Result<Response> {
-    serde_json::from_str::<ResponseJson>(text).map(|json| Response {
-        ticket: 0,
-        incarnation: json.incarnation,
-        container: json.container,
-        reason: json.reason,
-        requested_by: json.requested_by,
-        requested_at: json.requested_at,
-        finding: json.finding,
-        outcome: json.outcome,
+/// Reads a record of the given type.
+pub(super) fn record(kind: &str, text: &str) -> serde_json::Result<Record> {
+    Ok(match kind {
+        "finding" => Record::Finding(serde_json::from_str(text)?),
+        "session" => Record::Session { session: serde_json::from_str(text)?, commands: Vec::new() },
+        "response" => Record::Response(Box::new(Response::read(text)?)),
+        _ => {
+            let GapJson { schema: _, name, container, detail, at, until } = gap(text)?;
+            Record::Gap { name, container, detail, at, until }
+        }
     })
 }
 

@@ -26,11 +26,12 @@ mod writer;
 
 pub use error::{Error, is_of_the_disk};
 pub use files::{FILE, format_of};
+pub use json::FindingText;
 pub use open::History;
 pub use reader::{
     AlsoIn, BadPageToken, CommandToken, CommandsPage, Content, Filter, FindingLookup, FindingsPage,
     Followed, Happened, Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader,
-    SessionFilter, SessionLookup, SessionsPage, TimelineEntry, TimelinePage, TimelineToken,
+    SessionFilter, SessionLookup, SessionsPage, Stored, TimelineEntry, TimelinePage, TimelineToken,
 };
 pub use record::{MemberChange, Record};
 pub use schema::FORMAT;

@@ -36,7 +36,9 @@ pub use finding::{
 };
 pub use globs::PathGlobs;
 pub use id::{FindingId, ProbeId, SessionId};
-pub use observation::{Fact, LayerFile, LowerTwin, Observation, Script, Source};
+pub use observation::{
+    Fact, FileFact, LayerFile, LowerTwin, Observation, Script, SessionFact, Source,
+};
 pub use package_manager::{PackageManager, may_be_package_manager, package_manager};
 pub use path::{HostilePath, RootfsPath};
 pub use printable::{bytes_of_printable, is_printable, printable, shorten};

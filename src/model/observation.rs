@@ -62,33 +62,49 @@ impl Observation {
     /// How often it happened.
     pub fn times(&self) -> u64 {
         match self.fact {
-            Fact::Executed { times, .. } => times,
+            Fact::File(FileFact::Executed { times, .. }) => times,
             _ => 1,
         }
     }
+}
+
+/// What happened, by its subject: each kind of fact has its own way through the pipeline.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most facts are about files, and a box would cost an allocation for each"
+)]
+#[derive(Clone, Debug)]
+pub enum Fact {
+    /// It is compared with the image.
+    File(FileFact),
+    /// It needs no image.
+    Session(SessionFact),
+    /// A package manager, whose file is one of the image's layers', is at work: what
+    /// it and its descendants write is its transaction.
+    PackageManager { process: Arc<Process> },
 }
 
 impl Fact {
     /// The acting process, if that is known.
     pub fn process(&self) -> Option<&Arc<Process>> {
         match self {
-            Fact::Executed { process, .. }
-            | Fact::Loaded { process, .. }
-            | Fact::Interpreted { process, .. }
-            | Fact::ReverseShell { process, .. }
+            Fact::File(fact) => fact.process(),
+            Fact::Session(SessionFact::ReverseShell { process, .. })
             | Fact::PackageManager { process } => Some(process),
-            Fact::Present { writer, .. } | Fact::Absent { writer, .. } => writer.as_ref(),
-            Fact::SessionOpened { .. }
-            | Fact::SessionRan { .. }
-            | Fact::SessionRanMore { .. }
-            | Fact::SessionInteractive { .. }
-            | Fact::SessionProcessEnded { .. } => None,
+            Fact::Session(
+                SessionFact::Opened { .. }
+                | SessionFact::Ran { .. }
+                | SessionFact::RanMore { .. }
+                | SessionFact::Interactive { .. }
+                | SessionFact::ProcessEnded { .. },
+            ) => None,
         }
     }
 }
 
+/// A file of a container's filesystems: it is there, it has gone, or it is used.
 #[derive(Clone, Debug)]
-pub enum Fact {
+pub enum FileFact {
     /// A file was executed: one of the container's own (upper) layer, one on another
     /// filesystem than the root, or one of the image's layers that may have changed since
     /// its layer was known to equal the baseline. The gate recognises all others, and no
@@ -129,14 +145,6 @@ pub enum Fact {
     },
     /// An interpreter of the image was started on a script from elsewhere.
     Interpreted { script: Script, process: Arc<Process> },
-    /// A shell's input and output lead to one connection.
-    ReverseShell {
-        process: Arc<Process>,
-        /// Both are the socket itself; otherwise pipes lead there.
-        direct: bool,
-        /// What shows it, as a sentence.
-        evidence: String,
-    },
     /// The container's own layer holds this at `path`.
     Present {
         path: RootfsPath,
@@ -152,19 +160,54 @@ pub enum Fact {
         /// The process that removed it, if that was seen.
         writer: Option<Arc<Process>>,
     },
-    /// A package manager, whose file is one of the image's layers', is at work: what
-    /// it and its descendants write is its transaction.
-    PackageManager { process: Arc<Process> },
+}
+
+impl FileFact {
+    /// The process that uses the file, or the one that wrote or removed it.
+    pub fn process(&self) -> Option<&Arc<Process>> {
+        match self {
+            FileFact::Executed { process, .. }
+            | FileFact::Loaded { process, .. }
+            | FileFact::Interpreted { process, .. } => Some(process),
+            FileFact::Present { writer, .. } | FileFact::Absent { writer, .. } => writer.as_ref(),
+        }
+    }
+
+    /// The file. Text that comes through a pipe has none.
+    pub fn path(&self) -> Option<&RootfsPath> {
+        match self {
+            FileFact::Executed { path, .. }
+            | FileFact::Loaded { path, .. }
+            | FileFact::Interpreted { script: Script::File { path, .. }, .. }
+            | FileFact::Present { path, .. }
+            | FileFact::Absent { path, .. } => Some(path),
+            FileFact::Interpreted { script: Script::Pipe { .. }, .. } => None,
+        }
+    }
+}
+
+/// A session in a container: it begins, it does something, it ends.
+#[derive(Clone, Debug)]
+pub enum SessionFact {
     /// A process from outside, or a reverse shell, is in the container.
-    SessionOpened { opening: Arc<Opening> },
+    Opened { opening: Arc<Opening> },
     /// A process of the session whose first process is `root` has become a program.
-    SessionRan { root: ProcessIdentity, run: Arc<Run> },
+    Ran { root: ProcessIdentity, run: Arc<Run> },
     /// More programs were run in the session than are reported one by one.
-    SessionRanMore { root: ProcessIdentity, times: u64 },
+    RanMore { root: ProcessIdentity, times: u64 },
     /// A process of a session has opened a terminal.
-    SessionInteractive { root: ProcessIdentity, interactive: Interactive, tty: Option<String> },
+    Interactive { root: ProcessIdentity, interactive: Interactive, tty: Option<String> },
     /// A process of a session has ended; if it is `root`, so has the session.
-    SessionProcessEnded { root: ProcessIdentity, process: ProcessIdentity, exit: Option<Exit> },
+    ProcessEnded { root: ProcessIdentity, process: ProcessIdentity, exit: Option<Exit> },
+    /// A shell's input and output lead to one connection: a session that the process itself
+    /// has opened.
+    ReverseShell {
+        process: Arc<Process>,
+        /// Both are the socket itself; otherwise pipes lead there.
+        direct: bool,
+        /// What shows it, as a sentence.
+        evidence: String,
+    },
 }
 
 /// What an interpreter runs.

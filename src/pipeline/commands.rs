@@ -4,7 +4,7 @@
 
 use super::messages::Effect;
 use crate::inventory::{BaselineState, Entry};
-use crate::model::{ContainerId, Fact, Observation};
+use crate::model::{ContainerId, Fact, FileFact, Observation};
 use crate::watch::{SensorCommand, Trust, Verdict};
 
 /// How far a container's lower files are trusted. The layers were compared in the directories
@@ -43,7 +43,7 @@ pub(super) fn send_entry_point(id: &ContainerId, entry: &Entry, effects: &mut Ve
 
 /// Sends how an executed file of the layers was judged.
 pub(super) fn send_verdict(observation: &Observation, verdict: Verdict, effects: &mut Vec<Effect>) {
-    if let Fact::Executed { layer_file: Some(file), .. } = &observation.fact {
+    if let Fact::File(FileFact::Executed { layer_file: Some(file), .. }) = &observation.fact {
         let (container, file) = (observation.container.clone(), *file);
         effects.push(Effect::Command(SensorCommand::Judged { container, file, verdict }));
     }

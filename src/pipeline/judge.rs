@@ -17,8 +17,8 @@ use crate::detect::{self, Assessment, Sensitive};
 use crate::health::Failure;
 use crate::inventory::{BaselineState, Entry};
 use crate::model::{
-    Blake3Hash, ContainerId, Fact, FileType, FindingId, Kind, Observation, Process, RootfsPath,
-    Script, Severity, bytes_of_printable,
+    Blake3Hash, ContainerId, Fact, FileFact, FileType, FindingId, Kind, Observation, Process,
+    RootfsPath, Script, SessionFact, Severity, bytes_of_printable,
 };
 use crate::watch::Verdict;
 
@@ -73,71 +73,88 @@ impl State {
             self.not_judged(lost, "containerd has not reported the container", now, effects);
             return;
         }
-        if self.session_fact(observation, now, effects) {
-            return;
+        match &observation.fact {
+            Fact::Session(fact) => self.session_fact(observation, fact, now, effects),
+            Fact::PackageManager { process } => {
+                if let Some(baseline) = self.baseline_for(observation, now, effects) {
+                    self.package_manager(&observation.container, process, &baseline);
+                }
+            }
+            Fact::File(fact) => {
+                if let Some(baseline) = self.baseline_for(observation, now, effects) {
+                    self.file_fact(observation, fact, &baseline, now, effects);
+                }
+            }
         }
-        let Some(entry) = self.inventory.get_mut(&observation.container) else { return };
-        let baseline = match &entry.baseline.state {
-            BaselineState::Ready(baseline) => baseline.clone(),
-            BaselineState::None(_) => return,
+    }
+
+    /// The baseline to judge by. Without one, the observation waits until it is ready.
+    fn baseline_for(
+        &mut self,
+        observation: &Observation,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> Option<Arc<ImageBaseline>> {
+        let entry = self.inventory.get_mut(&observation.container)?;
+        match &entry.baseline.state {
+            BaselineState::Ready(baseline) => Some(baseline.clone()),
+            BaselineState::None(_) => None,
             BaselineState::Unknown | BaselineState::Pending(_) | BaselineState::Failed(..) => {
                 let lost = entry.backlog.push(observation.clone());
                 self.not_judged(lost, "its baseline is not ready", now, effects);
-                return;
+                None
             }
-        };
-        if let Fact::PackageManager { process } = &observation.fact {
-            self.package_manager(&observation.container, process, &baseline);
-            return;
         }
+    }
+
+    fn file_fact(
+        &mut self,
+        observation: &Observation,
+        fact: &FileFact,
+        baseline: &ImageBaseline,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(entry) = self.inventory.get(&observation.container) else { return };
         let sensitive = Sensitive {
             persistence: &self.policy.persistence,
             entry_point: &entry.baseline.entry_point,
             reached_as: observation.reached_as.as_ref(),
         };
-        let Some(assessment) = detect::assess(&baseline, sensitive, &observation.fact) else {
-            return;
-        };
+        let assessment = detect::assess(baseline, sensitive, fact);
         let is_image = assessment.judgements.is_empty();
         let verdict = if is_image { Verdict::Image } else { Verdict::Drift };
         send_verdict(observation, verdict, effects);
-        self.emit_fact(observation, assessment, &baseline, now, effects);
+        self.emit_file_fact(observation, fact, assessment, baseline, now, effects);
     }
 
-    /// Handles the facts that need no baseline. False for all others.
     fn session_fact(
         &mut self,
         observation: &Observation,
+        fact: &SessionFact,
         now: Timestamp,
         effects: &mut Vec<Effect>,
-    ) -> bool {
-        match &observation.fact {
-            Fact::SessionOpened { opening } => {
+    ) {
+        match fact {
+            SessionFact::Opened { opening } => {
                 self.session_opened(observation, opening, now, effects);
             }
-            Fact::SessionRan { root, run } => self.session_ran(observation, *root, run, now),
-            Fact::SessionRanMore { root, times } => {
+            SessionFact::Ran { root, run } => self.session_ran(observation, *root, run, now),
+            SessionFact::RanMore { root, times } => {
                 self.session_ran_more(&observation.container, *root, *times, now);
             }
-            Fact::SessionInteractive { root, interactive, tty } => {
+            SessionFact::Interactive { root, interactive, tty } => {
                 let terminal = (*interactive, tty.as_deref());
                 self.session_interactive(observation, *root, terminal, now, effects);
             }
-            Fact::SessionProcessEnded { root, process, exit } => {
+            SessionFact::ProcessEnded { root, process, exit } => {
                 let ended = (*process, *exit);
                 self.session_process_ended(observation, *root, ended, now, effects);
             }
-            Fact::ReverseShell { process, direct, evidence } => {
+            SessionFact::ReverseShell { process, direct, evidence } => {
                 self.reverse_shell(observation, process, *direct, evidence, now, effects);
             }
-            Fact::Executed { .. }
-            | Fact::Loaded { .. }
-            | Fact::Interpreted { .. }
-            | Fact::PackageManager { .. }
-            | Fact::Present { .. }
-            | Fact::Absent { .. } => return false,
         }
-        true
     }
 
     fn reverse_shell(
@@ -163,17 +180,18 @@ impl State {
     }
 
     /// Collects the evidence of a fact about a file, and emits its judgements.
-    fn emit_fact(
+    fn emit_file_fact(
         &mut self,
         observation: &Observation,
+        fact: &FileFact,
         assessment: Assessment,
         baseline: &ImageBaseline,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         let container = &observation.container;
-        let evidence = match &observation.fact {
-            Fact::Executed {
+        let evidence = match fact {
+            FileFact::Executed {
                 path,
                 filesystem,
                 state,
@@ -193,13 +211,13 @@ impl State {
                 invoked_as: invoked_as.as_deref(),
                 detail: layer_file.is_some().then_some(IN_LAYER),
             },
-            Fact::Loaded { .. } => {
-                return self.emit_loaded(observation, assessment, baseline, now, effects);
+            FileFact::Loaded { .. } => {
+                return self.emit_loaded(observation, fact, assessment, baseline, now, effects);
             }
-            Fact::Interpreted { script, process } => {
+            FileFact::Interpreted { script, process } => {
                 return self.emit_script(observation, &assessment, script, process, now, effects);
             }
-            Fact::Present { path, state, lower, writer } => {
+            FileFact::Present { path, state, lower, writer } => {
                 self.mark_deleted(container, path, state.blake3(), false, effects);
                 Evidence {
                     path: Some(path),
@@ -210,18 +228,11 @@ impl State {
                     ..Evidence::default()
                 }
             }
-            Fact::Absent { path, writer } => {
+            FileFact::Absent { path, writer } => {
                 self.mark_deleted(container, path, None, true, effects);
                 self.mark_gone(observation, path, now);
                 Evidence { path: Some(path), process: writer.as_deref(), ..Evidence::default() }
             }
-            Fact::ReverseShell { .. }
-            | Fact::PackageManager { .. }
-            | Fact::SessionOpened { .. }
-            | Fact::SessionRan { .. }
-            | Fact::SessionRanMore { .. }
-            | Fact::SessionInteractive { .. }
-            | Fact::SessionProcessEnded { .. } => unreachable!("no facts about files"),
         };
         self.emit(observation, &assessment, &evidence, now, effects);
     }
@@ -229,13 +240,22 @@ impl State {
     fn emit_loaded(
         &mut self,
         observation: &Observation,
+        fact: &FileFact,
         mut assessment: Assessment,
         baseline: &ImageBaseline,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        let Fact::Loaded { path, filesystem, state, lower, process, by_linker, is_shared, writer } =
-            &observation.fact
+        let FileFact::Loaded {
+            path,
+            filesystem,
+            state,
+            lower,
+            process,
+            by_linker,
+            is_shared,
+            writer,
+        } = fact
         else {
             return;
         };

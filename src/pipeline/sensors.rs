@@ -11,7 +11,7 @@ use super::state::State;
 use crate::detect::{self, Sensitive};
 use crate::health::Failure;
 use crate::inventory::{BaselineState, WatchState};
-use crate::model::{ContainerId, Fact, Observation};
+use crate::model::{ContainerId, Fact, FileFact, Observation};
 use crate::watch::SensorEvent;
 
 /// What findings say of programs that came unobserved.
@@ -159,27 +159,14 @@ impl State {
             pending.truncate();
             return;
         };
-        let path = match &observation.fact {
-            Fact::Present { path, .. } | Fact::Absent { path, .. } => path,
-            Fact::Executed { .. }
-            | Fact::Loaded { .. }
-            | Fact::Interpreted { .. }
-            | Fact::ReverseShell { .. }
-            | Fact::PackageManager { .. }
-            | Fact::SessionOpened { .. }
-            | Fact::SessionRan { .. }
-            | Fact::SessionRanMore { .. }
-            | Fact::SessionInteractive { .. }
-            | Fact::SessionProcessEnded { .. } => return,
-        };
+        let Fact::File(fact) = &observation.fact else { return };
+        let (FileFact::Present { path, .. } | FileFact::Absent { path, .. }) = fact else { return };
         let sensitive = Sensitive {
             persistence: &self.policy.persistence,
             entry_point: &entry.baseline.entry_point,
             reached_as: observation.reached_as.as_ref(),
         };
-        let Some(assessment) = detect::assess(baseline, sensitive, &observation.fact) else {
-            return;
-        };
+        let assessment = detect::assess(baseline, sensitive, fact);
         pending.add(Difference {
             path: path.clone(),
             change: assessment.change,

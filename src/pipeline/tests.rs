@@ -22,11 +22,11 @@ use crate::history::{MemberChange, Reader, Record};
 use crate::inventory::BaselineState;
 use crate::model::{
     self, Ancestor, ChainId, Container, ContainerId, Content, DeclaredProbe, DiffId, Entry as By,
-    EntryPoint, Exit, Fact, FileState, FileTime, FileType, Filesystem, Finding, FindingId, Format,
-    IdMap, IdRange, ImageReference, Incarnation, Interactive, Kind, Layer, LayerFile, LayerId,
-    LowerTwin, Member, Observation, Opening, OverlayDirs, Probe, ProbeSource, Process,
-    ProcessIdentity, Restarter, RootfsPath, Run, Script, Session, SessionState, Severity,
-    Sha256Hash, Source, Task,
+    EntryPoint, Exit, Fact, FileFact, FileState, FileTime, FileType, Filesystem, Finding,
+    FindingId, Format, IdMap, IdRange, ImageReference, Incarnation, Interactive, Kind, Layer,
+    LayerFile, LayerId, LowerTwin, Member, Observation, Opening, OverlayDirs, Probe, ProbeSource,
+    Process, ProcessIdentity, Restarter, RootfsPath, Run, Script, Session, SessionFact,
+    SessionState, Severity, Sha256Hash, Source, Task,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Response, ResponseRequest, TOO_MANY};
@@ -189,7 +189,7 @@ impl Node {
             }
             ["layer-exec", _, _, content] => {
                 let mut fact = exec(path(), content);
-                if let Fact::Executed { layer_file, .. } = &mut fact {
+                if let Fact::File(FileFact::Executed { layer_file, .. }) = &mut fact {
                     *layer_file = Some(layer_file_of(content));
                 }
                 Input::Sensor(SensorEvent::Observed(observed(Source::Gate, fact)))
@@ -203,7 +203,7 @@ impl Node {
             ))),
             ["gone", _, _] => Input::Sensor(SensorEvent::Observed(observed(
                 Source::Change,
-                Fact::Absent { path: path(), writer: None },
+                Fact::File(FileFact::Absent { path: path(), writer: None }),
             ))),
             ["scan", name, ref rest @ ..] => {
                 let observations = rest
@@ -211,7 +211,7 @@ impl Node {
                     .map(|pair| {
                         let path = RootfsPath::new(pair[0]).unwrap();
                         let fact = match pair[1] {
-                            "-" => Fact::Absent { path, writer: None },
+                            "-" => Fact::File(FileFact::Absent { path, writer: None }),
                             content => present(path, content),
                         };
                         observed(Source::Scan, fact)
@@ -239,7 +239,7 @@ impl Node {
                     beside: None,
                 };
                 let source = if words[0] == "found" { Source::Scan } else { Source::Gate };
-                let fact = Fact::SessionOpened { opening: Arc::new(opening) };
+                let fact = Fact::Session(SessionFact::Opened { opening: Arc::new(opening) });
                 Input::Sensor(SensorEvent::Observed(observed(source, fact)))
             }
             ["came", _, root, pid, ref argv @ ..] => {
@@ -255,12 +255,12 @@ impl Node {
                     requested_by: None,
                     beside: None,
                 };
-                let fact = Fact::SessionOpened { opening: Arc::new(opening) };
+                let fact = Fact::Session(SessionFact::Opened { opening: Arc::new(opening) });
                 Input::Sensor(SensorEvent::Observed(observed(Source::Change, fact)))
             }
             ["ran-more", _, root, times] => {
                 let times = times.parse().unwrap();
-                let fact = Fact::SessionRanMore { root: identity(root), times };
+                let fact = Fact::Session(SessionFact::RanMore { root: identity(root), times });
                 Input::Sensor(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["ran", _, root, pid, ref argv @ ..] => {
@@ -270,18 +270,23 @@ impl Node {
                     argv: Some(texts(argv)),
                     tty: None,
                 };
-                let fact = Fact::SessionRan { root: identity(root), run: Arc::new(run) };
+                let fact =
+                    Fact::Session(SessionFact::Ran { root: identity(root), run: Arc::new(run) });
                 Input::Sensor(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["terminal", _, root, tty] => {
                 let (interactive, tty) = (Interactive::TerminalLater, Some(tty.to_owned()));
-                let fact = Fact::SessionInteractive { root: identity(root), interactive, tty };
+                let fact = Fact::Session(SessionFact::Interactive {
+                    root: identity(root),
+                    interactive,
+                    tty,
+                });
                 Input::Sensor(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["ended", _, root, pid, code] => {
                 let exit = code.parse().ok().map(|code| Exit { code: Some(code), signal: None });
                 let (root, process) = (identity(root), identity(pid));
-                let fact = Fact::SessionProcessEnded { root, process, exit };
+                let fact = Fact::Session(SessionFact::ProcessEnded { root, process, exit });
                 Input::Sensor(SensorEvent::Observed(observed(Source::Trace, fact)))
             }
             ["exec-started", name, exec_id, pid] => Input::Runtime(RuntimeEvent::ExecStarted {
@@ -299,7 +304,7 @@ impl Node {
             // Executed by a process that descends from `root`, whose parents have ended.
             ["left-behind", _, _, content, root] => {
                 let mut observation = observed(Source::Gate, exec(path(), content));
-                if let Fact::Executed { process, .. } = &mut observation.fact {
+                if let Fact::File(FileFact::Executed { process, .. }) = &mut observation.fact {
                     Arc::make_mut(process).ancestors.clear();
                 }
                 observation.session = Some(identity(root));
@@ -563,7 +568,7 @@ fn state_of(content: &str) -> FileState {
 
 fn exec(path: RootfsPath, content: &str) -> Fact {
     let process = Arc::new(process(42));
-    Fact::Executed {
+    Fact::File(FileFact::Executed {
         path,
         filesystem: Filesystem::Overlay,
         running: false,
@@ -574,16 +579,16 @@ fn exec(path: RootfsPath, content: &str) -> Fact {
         invoked_as: None,
         layer_file: None,
         writer: None,
-    }
+    })
 }
 
 fn present(path: RootfsPath, content: &str) -> Fact {
-    Fact::Present { path, state: state_of(content), lower: None, writer: None }
+    Fact::File(FileFact::Present { path, state: state_of(content), lower: None, writer: None })
 }
 
 fn fileless(content: &str) -> Fact {
     let mut fact = exec(at("/memfd:x"), content);
-    if let Fact::Executed { filesystem, .. } = &mut fact {
+    if let Fact::File(FileFact::Executed { filesystem, .. }) = &mut fact {
         *filesystem = Filesystem::Anonymous;
     }
     fact
@@ -610,7 +615,7 @@ fn dpkg(exe: &str) -> Fact {
 }
 
 fn written_by(path: &str, content: &str, writer: Option<Arc<Process>>) -> Fact {
-    Fact::Present { path: at(path), state: state_of(content), lower: None, writer }
+    Fact::File(FileFact::Present { path: at(path), state: state_of(content), lower: None, writer })
 }
 
 /// What became of a request, as `respond` reports it.

@@ -18,10 +18,10 @@ use crate::containerd::{Error, Killed, RuntimeEvent};
 use crate::health::Health;
 use crate::history::Record;
 use crate::model::{
-    Ancestor, ChainId, Container, ContainerId, Content, DiffId, EntryPoint, Exit, Fact, FileState,
-    FileType, Finding, ImageReference, Incarnation, Interactive, Labels, Layer, LayerId,
+    Ancestor, ChainId, Container, ContainerId, Content, DiffId, EntryPoint, Exit, Fact, FileFact,
+    FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels, Layer, LayerId,
     Observation, Opening, OverlayDirs, Process, ProcessIdentity, RootfsPath, Run,
-    Script as ScriptFact, Source, Task,
+    Script as ScriptFact, SessionFact, Source, Task,
 };
 use crate::pipeline::{ApiRequest, Effect, Input, State};
 use crate::policy::Policy;
@@ -397,7 +397,12 @@ impl<'a> Node<'a> {
             StepAction::Deleted { container, path, by } => {
                 let Running { init, .. } = self.running(container)?;
                 let writer = by.as_deref().map(|exe| Arc::new(process(WRITER, exe, None, init)));
-                (container, Source::Change, None, Fact::Absent { path: path.clone(), writer })
+                (
+                    container,
+                    Source::Change,
+                    None,
+                    Fact::File(FileFact::Absent { path: path.clone(), writer }),
+                )
             }
             StepAction::Session { container, pid, entry, tty, argv } => {
                 let Running { init, .. } = self.running(container)?;
@@ -416,7 +421,7 @@ impl<'a> Node<'a> {
                     requested_by: None,
                     beside: None,
                 };
-                let fact = Fact::SessionOpened { opening: Arc::new(opening) };
+                let fact = Fact::Session(SessionFact::Opened { opening: Arc::new(opening) });
                 (container, Source::Trace, None, fact)
             }
             StepAction::Ran { container, session, pid, argv } => {
@@ -426,20 +431,24 @@ impl<'a> Node<'a> {
                     argv: Some(argv.clone()),
                     tty: None,
                 };
-                let fact = Fact::SessionRan { root: identity(*session), run: Arc::new(run) };
+                let fact = Fact::Session(SessionFact::Ran {
+                    root: identity(*session),
+                    run: Arc::new(run),
+                });
                 (container, Source::Trace, Some(*session), fact)
             }
             StepAction::Ended { container, session, pid, code } => {
                 let (root, process) = (identity(*session), identity(*pid));
                 let exit = Some(Exit { code: Some(*code), signal: None });
-                let fact = Fact::SessionProcessEnded { root, process, exit };
+                let fact = Fact::Session(SessionFact::ProcessEnded { root, process, exit });
                 (container, Source::Trace, Some(*session), fact)
             }
             StepAction::ReverseShell { container, pid, exe } => {
                 let Running { init, .. } = self.running(container)?;
                 let process = Arc::new(process(*pid, exe, None, init));
                 let evidence = "its input and output are one connection".to_owned();
-                let fact = Fact::ReverseShell { process, direct: true, evidence };
+                let fact =
+                    Fact::Session(SessionFact::ReverseShell { process, direct: true, evidence });
                 (container, Source::Trace, None, fact)
             }
             other => return Err(format!("no watcher reports {other:?}")),
@@ -591,7 +600,7 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
         runner.ancestors = vec![root, outside()];
     }
     match step.action {
-        FileAction::Executed => Fact::Executed {
+        FileAction::Executed => Fact::File(FileFact::Executed {
             path,
             filesystem,
             running: false,
@@ -602,10 +611,10 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
             invoked_as: None,
             layer_file: None,
             writer: None,
-        },
+        }),
         FileAction::Loaded => {
             runner.exe = by.map(Into::into);
-            Fact::Loaded {
+            Fact::File(FileFact::Loaded {
                 path,
                 filesystem,
                 state,
@@ -614,16 +623,16 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
                 by_linker: false,
                 is_shared: false,
                 writer: None,
-            }
+            })
         }
         FileAction::Interpreted => {
             runner.exe = by.map(Into::into);
             let script = ScriptFact::File { path, filesystem, state, lower: None };
-            Fact::Interpreted { script, process: Arc::new(runner) }
+            Fact::File(FileFact::Interpreted { script, process: Arc::new(runner) })
         }
         FileAction::Written => {
             let writer = by.map(|exe| Arc::new(process(WRITER, exe, None, init)));
-            Fact::Present { path, state, lower: None, writer }
+            Fact::File(FileFact::Present { path, state, lower: None, writer })
         }
     }
 }

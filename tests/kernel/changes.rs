@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use driftd::model::{Blake3Hash, Fact, FileType, Format, Source};
+use driftd::model::{Blake3Hash, Fact, FileFact, FileType, Format, Source};
 use driftd::watch::SensorEvent;
 
 use crate::common::{is_emulated, run, wait_until};
@@ -22,7 +22,9 @@ fn a_written_program_is_reported_with_its_writer_once_it_has_settled() {
     container.shell("cat /bin/busybox > /tmp/program");
     let (state, source) =
         node.until_observed("the written program", |observation| match &observation.fact {
-            Fact::Present { path, state, .. } if path.to_string() == "/tmp/program" => {
+            Fact::File(FileFact::Present { path, state, .. })
+                if path.to_string() == "/tmp/program" =>
+            {
                 Some((state.clone(), observation.source))
             }
             _ => None,
@@ -37,7 +39,9 @@ fn a_written_program_is_reported_with_its_writer_once_it_has_settled() {
     let child = Family(container.command(&["/bin/sh", "-c", &script]).spawn().unwrap());
     let writer =
         node.until_observed("what the shell has written", |observation| match &observation.fact {
-            Fact::Present { path, writer, .. } if path.to_string() == "/tmp/written" => {
+            Fact::File(FileFact::Present { path, writer, .. })
+                if path.to_string() == "/tmp/written" =>
+            {
                 Some(writer.clone())
             }
             _ => None,
@@ -56,22 +60,13 @@ fn data_writes_are_counted_and_a_program_overwritten_with_data_is_reported() {
     let mut absent = BTreeSet::new();
     node.until_observed("both changes", |observation| {
         match &observation.fact {
-            Fact::Present { path, state, lower, .. } => {
+            Fact::File(FileFact::Present { path, state, lower, .. }) => {
                 present.insert(path.to_string(), (state.format, lower.is_some()));
             }
-            Fact::Absent { path, .. } => {
+            Fact::File(FileFact::Absent { path, .. }) => {
                 absent.insert(path.to_string());
             }
-            Fact::Executed { .. }
-            | Fact::Loaded { .. }
-            | Fact::Interpreted { .. }
-            | Fact::ReverseShell { .. }
-            | Fact::SessionOpened { .. }
-            | Fact::SessionRan { .. }
-            | Fact::SessionRanMore { .. }
-            | Fact::SessionInteractive { .. }
-            | Fact::SessionProcessEnded { .. }
-            | Fact::PackageManager { .. } => (),
+            _ => (),
         }
         (present.len() + absent.len() >= 2).then_some(())
     });
@@ -190,7 +185,7 @@ fn a_moved_directory_is_reported_by_its_new_paths() {
     container.shell("chmod 2755 /tmp/k/x");
     node.until_present("/tmp/k/x", |state| state.mode == 0o2755);
     assert!(!node.received.iter().flat_map(facts).any(
-        |fact| matches!(fact, Fact::Present { path: present, .. } if *present == path("/tmp/moved/b/x"))
+        |fact| matches!(fact, Fact::File(FileFact::Present { path: present, .. }) if *present == path("/tmp/moved/b/x"))
     ));
     node.assert_no_loss();
 }
@@ -288,7 +283,7 @@ fn changes_beyond_the_limit_are_left_to_a_scan_and_delay_no_other_container() {
             _ => false,
         };
         facts(report)
-            .any(|fact| matches!(fact, Fact::Present { path: present, .. } if *present == path("/bin/true")))
+            .any(|fact| matches!(fact, Fact::File(FileFact::Present { path: present, .. }) if *present == path("/bin/true")))
             .then_some(())
             .filter(|()| is_others)
     });
@@ -300,7 +295,7 @@ fn changes_beyond_the_limit_are_left_to_a_scan_and_delay_no_other_container() {
     let mut present = BTreeSet::new();
     node.until("all of the flood", |report| {
         for fact in facts(report) {
-            if let Fact::Present { path, .. } = fact {
+            if let Fact::File(FileFact::Present { path, .. }) = fact {
                 present.insert(path.clone());
             }
         }

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use driftd::model::{Content, Fact, Filesystem, Format, Observation, RootfsPath, Source, Unhashed};
+use driftd::model::{
+    Content, Fact, FileFact, Filesystem, Format, Observation, RootfsPath, Source, Unhashed,
+};
 use driftd::watch::SensorEvent;
 
 use crate::common::{is_emulated, patience, run};
@@ -57,7 +59,7 @@ fn reported_arguments_are_the_new_programs_and_not_its_callers() {
     let child = Family(child);
     let (process, invoked_as) =
         node.until_observed("the second program", |observation| match &observation.fact {
-            Fact::Executed { process, invoked_as, .. }
+            Fact::File(FileFact::Executed { process, invoked_as, .. })
                 if invoked_as.as_deref() == Some("/tmp/sleep") =>
             {
                 Some((process.clone(), invoked_as.clone()))
@@ -72,7 +74,7 @@ fn reported_arguments_are_the_new_programs_and_not_its_callers() {
     // show the second program's arguments.
     let mut executions = 0;
     node.until_observed("both executions", |observation| {
-        executions += u32::from(matches!(observation.fact, Fact::Executed { .. }));
+        executions += u32::from(matches!(observation.fact, Fact::File(FileFact::Executed { .. })));
         (executions == 2).then_some(())
     });
     assert_eq!(node.executed_paths(), ["/tmp/busybox", "/tmp/busybox"]);
@@ -98,7 +100,7 @@ fn a_thousand_executions_are_all_counted() {
     container.shell("i=0; while [ $i -lt 1000 ]; do /tmp/true; i=$((i+1)); done");
     let mut executed = 0;
     node.until_observed("a thousand executions", |observation| match &observation.fact {
-        Fact::Executed { path, state, .. } => {
+        Fact::File(FileFact::Executed { path, state, .. }) => {
             assert_eq!((path.to_string().as_str(), state.blake3()), ("/tmp/true", Some(blake3)));
             // Under load, executions of one file by one parent are coalesced.
             executed += observation.times();
@@ -151,7 +153,7 @@ fn programs_that_end_at_once_are_reported_with_their_arguments() {
         node.received.clear();
         let mut seen = 0;
         node.until_observed("all executions", |observation| match &observation.fact {
-            Fact::Executed { process, .. } => {
+            Fact::File(FileFact::Executed { process, .. }) => {
                 if let Some(argv) = &process.argv {
                     assert_eq!(*argv, expected[&process.identity.pid]);
                     with_arguments += 1;
@@ -204,7 +206,7 @@ fn a10_a_thousand_executed_memfds_are_a_thousand_observations() {
         let report = *report;
         if let SensorEvent::Observed(Observation {
             source,
-            fact: Fact::Executed { path, filesystem, state, running, process, .. },
+            fact: Fact::File(FileFact::Executed { path, filesystem, state, running, process, .. }),
             ..
         }) = &report
             && *path == wanted
@@ -408,7 +410,7 @@ fn a_program_reached_through_a_bind_mount_is_reported_by_its_own_path() {
         container.merged().as_ref(),
     ]);
     let executed = node.until_observed("the program", |observation| match &observation.fact {
-        Fact::Executed { path, .. } => Some(path.to_string()),
+        Fact::File(FileFact::Executed { path, .. }) => Some(path.to_string()),
         _ => None,
     });
     assert_eq!(executed, "/tmp/true");
@@ -429,7 +431,8 @@ fn executions_before_a_stop_are_reported() {
     let mut executed = BTreeSet::new();
     for report in node.watchers.reports.try_iter() {
         if let SensorEvent::Observed(Observation {
-            fact: Fact::Executed { path, state, .. }, ..
+            fact: Fact::File(FileFact::Executed { path, state, .. }),
+            ..
         }) = &*report
             && path.to_string().starts_with("/opt/t")
         {

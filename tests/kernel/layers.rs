@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use driftd::health::Failure;
-use driftd::model::Fact;
+use driftd::model::{Fact, FileFact};
 use driftd::watch::{SensorCommand, Trust, Verdict};
 
 use crate::common::{changed, wait_for};
@@ -165,7 +165,7 @@ fn x19_a_file_older_than_the_layer_is_not_taken_for_the_images() {
     container.shell("/tmp/late/true");
     let (state, layer_file) =
         node.until_observed("its execution", |observation| match &observation.fact {
-            Fact::Executed { path: executed, state, layer_file, .. }
+            Fact::File(FileFact::Executed { path: executed, state, layer_file, .. })
                 if *executed == path("/tmp/late/true") =>
             {
                 Some((state.clone(), *layer_file))

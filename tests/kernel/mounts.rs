@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use driftd::health::Failure;
-use driftd::model::{Entry, Fact, Filesystem, Observation};
+use driftd::model::{Entry, Fact, FileFact, Filesystem, Observation, SessionFact};
 use driftd::sys::fanotify::Buffer;
 use driftd::sys::mounts::Notifier;
 use driftd::sys::procfs;
@@ -24,7 +24,7 @@ impl Node {
             .iter()
             .filter_map(|report| match report {
                 SensorEvent::Observed(Observation {
-                    fact: Fact::Executed { path, filesystem, .. },
+                    fact: Fact::File(FileFact::Executed { path, filesystem, .. }),
                     ..
                 }) if *filesystem != Filesystem::Overlay => Some((path.to_string(), *filesystem)),
                 _ => None,
@@ -338,7 +338,9 @@ fn x14_a_directory_marked_for_two_containers_stays_marked_for_the_remaining_one(
     client.arg("-c").arg("exec 3<> \"$0\"; exec sleep 3600").arg(&fifo).stdin(Stdio::null());
     let client = Family(client.spawn().unwrap());
     let root = node.until_observed("the attach session", |observation| match &observation.fact {
-        Fact::SessionOpened { opening } if opening.entry == Entry::Attach => Some(opening.root),
+        Fact::Session(SessionFact::Opened { opening }) if opening.entry == Entry::Attach => {
+            Some(opening.root)
+        }
         _ => None,
     });
     assert_eq!(root.pid, client.0.id());

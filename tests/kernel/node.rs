@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use driftd::config;
 use driftd::model::{
-    Blake3Hash, ContainerId, Fact, FileState, LayerFile, Observation, Process, RootfsPath,
+    Blake3Hash, ContainerId, Fact, FileFact, FileState, LayerFile, Observation, Process,
+    RootfsPath, SessionFact,
 };
 use driftd::sys::mounts::Notifier;
 use driftd::watch::{SensorCommand, SensorEvent, Trust, Verdict};
@@ -93,7 +94,8 @@ impl Node {
         self.until_executed(&path("/tmp/true"));
         let mut reported = self.received.iter().filter_map(|report| match report {
             SensorEvent::Observed(Observation {
-                fact: Fact::Executed { path: executed, state, layer_file, lower, .. },
+                fact:
+                    Fact::File(FileFact::Executed { path: executed, state, layer_file, lower, .. }),
                 ..
             }) if *executed == path(program) => {
                 assert_eq!(*lower, None, "a layer file has no lower file");
@@ -153,7 +155,9 @@ impl Node {
     pub(crate) fn until_executed(&mut self, wanted: &RootfsPath) -> Executed {
         self.until_observed(&format!("{wanted} to be executed"), |observation| {
             match &observation.fact {
-                Fact::Executed { path, state, process, invoked_as, .. } if path == wanted => {
+                Fact::File(FileFact::Executed { path, state, process, invoked_as, .. })
+                    if path == wanted =>
+                {
                     Some(Executed {
                         state: state.clone(),
                         process: process.clone(),
@@ -170,7 +174,8 @@ impl Node {
             .iter()
             .filter_map(|report| match report {
                 SensorEvent::Observed(Observation {
-                    fact: Fact::Executed { path, .. }, ..
+                    fact: Fact::File(FileFact::Executed { path, .. }),
+                    ..
                 }) => Some(path.to_string()),
                 _ => None,
             })
@@ -247,7 +252,9 @@ impl Node {
         let wanted = path(wanted);
         self.until(&format!("{wanted} to be reported"), |report| {
             facts(report).find_map(|fact| match fact {
-                Fact::Present { path, state, .. } if *path == wanted && is_it(state) => {
+                Fact::File(FileFact::Present { path, state, .. })
+                    if *path == wanted && is_it(state) =>
+                {
                     Some(state.clone())
                 }
                 _ => None,
@@ -260,7 +267,7 @@ impl Node {
         let wanted = path(wanted);
         self.until(&format!("{wanted} to be gone"), |report| {
             facts(report).find_map(|fact| match fact {
-                Fact::Absent { path, .. } if *path == wanted => Some(()),
+                Fact::File(FileFact::Absent { path, .. }) if *path == wanted => Some(()),
                 _ => None,
             })
         });
@@ -273,7 +280,7 @@ impl Node {
             .iter()
             .flat_map(facts)
             .filter_map(|fact| match fact {
-                Fact::Absent { path, .. } => Some(path.to_string()),
+                Fact::File(FileFact::Absent { path, .. }) => Some(path.to_string()),
                 _ => None,
             })
             .collect();
@@ -286,20 +293,26 @@ impl Node {
 /// A report in one line, without processes: their ancestors differ per machine.
 pub(crate) fn summary(report: &SensorEvent) -> String {
     let fact = |fact: &Fact| match fact {
-        Fact::Executed { path, invoked_as, .. } => format!("executed {path} as {invoked_as:?}"),
-        Fact::Loaded { path, .. } => format!("loaded {path}"),
-        Fact::Interpreted { script, .. } => format!("interpreted {script:?}"),
-        Fact::ReverseShell { evidence, .. } => format!("reverse shell: {evidence}"),
-        Fact::Present { path, state, lower, writer } => {
+        Fact::File(FileFact::Executed { path, invoked_as, .. }) => {
+            format!("executed {path} as {invoked_as:?}")
+        }
+        Fact::File(FileFact::Loaded { path, .. }) => format!("loaded {path}"),
+        Fact::File(FileFact::Interpreted { script, .. }) => format!("interpreted {script:?}"),
+        Fact::Session(SessionFact::ReverseShell { evidence, .. }) => {
+            format!("reverse shell: {evidence}")
+        }
+        Fact::File(FileFact::Present { path, state, lower, writer }) => {
             let (lower, writer) = (lower.is_some(), writer.is_some());
             format!("present {path} {state:?} lower={lower} writer={writer}")
         }
-        Fact::Absent { path, .. } => format!("absent {path}"),
-        Fact::SessionOpened { opening } => format!("session {:?}", opening.process.argv),
-        Fact::SessionRan { run, .. } => format!("ran {:?}", run.argv),
-        Fact::SessionRanMore { .. } => "ran more".to_owned(),
-        Fact::SessionInteractive { .. } => "interactive".to_owned(),
-        Fact::SessionProcessEnded { .. } => "ended".to_owned(),
+        Fact::File(FileFact::Absent { path, .. }) => format!("absent {path}"),
+        Fact::Session(SessionFact::Opened { opening }) => {
+            format!("session {:?}", opening.process.argv)
+        }
+        Fact::Session(SessionFact::Ran { run, .. }) => format!("ran {:?}", run.argv),
+        Fact::Session(SessionFact::RanMore { .. }) => "ran more".to_owned(),
+        Fact::Session(SessionFact::Interactive { .. }) => "interactive".to_owned(),
+        Fact::Session(SessionFact::ProcessEnded { .. }) => "ended".to_owned(),
         Fact::PackageManager { process } => format!("package manager {:?}", process.argv),
     };
     match report {
@@ -351,26 +364,17 @@ pub(crate) struct Upper {
 impl Upper {
     pub(crate) fn take(&mut self, observation: &Observation) {
         match &observation.fact {
-            Fact::Present { path, state, lower, .. } => {
+            Fact::File(FileFact::Present { path, state, lower, .. }) => {
                 if lower.is_some_and(|lower| Some(lower.blake3) == state.blake3()) {
                     self.same_as_image.push(path.to_string());
                     self.same_as_image.sort();
                 }
                 self.present.insert(path.clone(), state.clone());
             }
-            Fact::Absent { path, .. } => {
+            Fact::File(FileFact::Absent { path, .. }) => {
                 self.absent.insert(path.to_string());
             }
-            other @ (Fact::Executed { .. }
-            | Fact::Loaded { .. }
-            | Fact::Interpreted { .. }
-            | Fact::ReverseShell { .. }
-            | Fact::SessionOpened { .. }
-            | Fact::SessionRan { .. }
-            | Fact::SessionRanMore { .. }
-            | Fact::SessionInteractive { .. }
-            | Fact::SessionProcessEnded { .. }
-            | Fact::PackageManager { .. }) => panic!("a scan reported {other:?}"),
+            other => panic!("a scan reported {other:?}"),
         }
     }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
-use driftd::model::{Entry, Fact, Observation, Source};
+use driftd::model::{Entry, Fact, FileFact, Observation, SessionFact, Source};
 use driftd::watch::{SensorCommand, SensorEvent};
 
 use crate::common::wait_for;
@@ -24,7 +24,9 @@ fn sessions_are_reported_once_and_before_their_executions() {
         Family(command.stdin(Stdio::null()).spawn().unwrap())
     };
     let opened = |observation: &Observation| match &observation.fact {
-        Fact::SessionOpened { opening } => Some((observation.source, opening.process.clone())),
+        Fact::Session(SessionFact::Opened { opening }) => {
+            Some((observation.source, opening.process.clone()))
+        }
         _ => None,
     };
     // A session that was open before driftd started.
@@ -47,19 +49,22 @@ fn sessions_are_reported_once_and_before_their_executions() {
     let late = enter(&["/tmp/sh", "-c", "/bin/true; /tmp/sh -c /bin/true; exec /bin/sleep 3602"]);
     let mut executions = 0;
     node.until_observed("its two programs", |observation| {
-        executions += usize::from(matches!(observation.fact, Fact::Executed { .. }));
+        executions +=
+            usize::from(matches!(observation.fact, Fact::File(FileFact::Executed { .. })));
         (executions == 2).then_some(())
     });
     let order: Vec<&str> = node
         .received
         .iter()
         .filter_map(|report| match report {
-            SensorEvent::Observed(Observation { fact: Fact::SessionOpened { .. }, .. }) => {
-                Some("session")
-            }
-            SensorEvent::Observed(Observation { fact: Fact::Executed { .. }, .. }) => {
-                Some("executed")
-            }
+            SensorEvent::Observed(Observation {
+                fact: Fact::Session(SessionFact::Opened { .. }),
+                ..
+            }) => Some("session"),
+            SensorEvent::Observed(Observation {
+                fact: Fact::File(FileFact::Executed { .. }),
+                ..
+            }) => Some("executed"),
             _ => None,
         })
         .collect();
@@ -90,9 +95,10 @@ fn typing_into_the_terminal_of_init_opens_an_attach_session() {
     container.shell("/tmp/true");
     node.until_executed(&path("/tmp/true"));
     let attached = |report: &SensorEvent| match report {
-        SensorEvent::Observed(Observation { fact: Fact::SessionOpened { opening }, .. }) => {
-            (opening.entry == Entry::Attach).then(|| (opening.root, opening.process.clone()))
-        }
+        SensorEvent::Observed(Observation {
+            fact: Fact::Session(SessionFact::Opened { opening }),
+            ..
+        }) => (opening.entry == Entry::Attach).then(|| (opening.root, opening.process.clone())),
         _ => None,
     };
     assert_eq!(node.received.iter().find_map(attached), None, "nothing was typed yet");
@@ -115,7 +121,7 @@ fn h03_a_process_that_a_runtime_brought_in_is_a_session_by_its_origin() {
     command.arg0("chroot").arg(container.merged()).args(["/bin/sleep", "3600"]);
     let child = Family(command.stdin(Stdio::null()).spawn().unwrap());
     let process = node.until_observed("the session", |observation| match &observation.fact {
-        Fact::SessionOpened { opening } => Some(opening.process.clone()),
+        Fact::Session(SessionFact::Opened { opening }) => Some(opening.process.clone()),
         _ => None,
     });
     assert_eq!(process.identity.pid, child.0.id());

@@ -1,24 +1,19 @@
 //! Findings and the members of aggregated findings.
 //!
 //! A finding is made of the parts in `container.rs`, `file.rs`, `process.rs` and `response.rs`.
-//! It must come back from proto exactly as it was: its JSON is made on the other side.
+//! A client that asks for JSON receives the text of the history, and nothing is converted.
 
 use std::sync::Arc;
 
-use super::container::{
-    image_from_proto, image_to_proto, incarnation_from_proto, incarnation_to_proto,
-    labels_from_proto, labels_to_proto, pod_from_proto, pod_to_proto,
-};
-use super::file::{expected_from_proto, expected_to_proto, file_from_proto, file_to_proto};
-use super::process::{process_from_proto, process_to_proto};
-use super::response::{outcome_from_proto, outcome_to_proto};
+use super::container::{image_to_proto, incarnation_to_proto, labels_to_proto, pod_to_proto};
+use super::file::{expected_to_proto, file_to_proto};
+use super::process::process_to_proto;
+use super::response::outcome_to_proto;
 use super::value::{Malformed, malformed, missing, parsed, time_from_proto, time_to_proto};
 use crate::api::proto;
-use crate::history::AlsoIn;
+use crate::history::{AlsoIn, FindingText};
 use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
-use crate::model::{
-    self, Attack, ContainerId, Finding, Labels, Member, RootfsPath, Severity, Verdict,
-};
+use crate::model::{Attack, ContainerId, Finding, Labels, Member, RootfsPath, Severity};
 
 pub fn finding_to_proto(finding: Finding) -> proto::Finding {
     let Finding {
@@ -88,79 +83,26 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         outcome: outcome.map(outcome_to_proto),
         attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
         detail,
+        json: None,
     }
 }
 
+/// A stored finding in the form that the request asks for.
+pub fn stored_finding_to_proto(
+    text: FindingText,
+    as_json: bool,
+) -> serde_json::Result<proto::Finding> {
+    if as_json { Ok(finding_text_to_proto(text)) } else { text.parse().map(finding_to_proto) }
+}
+
+pub fn finding_text_to_proto(text: FindingText) -> proto::Finding {
+    proto::Finding { json: Some(text.0), ..proto::Finding::default() }
+}
+
+/// Reads a finding that was requested as JSON.
 pub fn finding_from_proto(finding: proto::Finding) -> Result<Finding, Malformed> {
-    let severity = finding.severity();
-    let proto::Finding {
-        id,
-        revision,
-        kind,
-        severity: _,
-        first_seen,
-        last_seen,
-        count,
-        source,
-        node,
-        runtime,
-        namespace,
-        container,
-        labels,
-        pod,
-        image,
-        file,
-        expected,
-        process,
-        invoked_as,
-        run,
-        session,
-        story,
-        transaction,
-        files,
-        verdict,
-        outcome,
-        attack,
-        detail,
-    } = finding;
-    let verdict = verdict.ok_or_else(|| missing("verdict"))?;
-    Ok(Finding {
-        schema: model::finding::SCHEMA.into(),
-        id: id.parse().map_err(malformed("id"))?,
-        revision,
-        kind: kind.parse().map_err(malformed("kind"))?,
-        severity: severity_from_proto(severity).ok_or_else(|| missing("severity"))?,
-        first_seen: time_from_proto("first_seen", first_seen)?,
-        last_seen: time_from_proto("last_seen", last_seen)?,
-        count,
-        source,
-        node,
-        runtime,
-        container: (!container.is_empty()).then(|| ContainerEvidence {
-            id: ContainerId::new(&namespace, &container),
-            labels: labels_from_proto(labels),
-            pod: pod.map(pod_from_proto),
-        }),
-        run: run.map(incarnation_from_proto).transpose()?,
-        image: image_from_proto(image.unwrap_or_default())?,
-        file: file.map(file_from_proto).transpose()?,
-        expected: expected.map(expected_from_proto).transpose()?,
-        process: process.map(process_from_proto),
-        invoked_as,
-        session: parsed("session", session)?,
-        story: parsed("story", story)?,
-        transaction: parsed("transaction", transaction)?,
-        files,
-        verdict: Verdict {
-            disposition: verdict.disposition.parse().map_err(malformed("disposition"))?,
-            action: verdict.action,
-            rule: verdict.rule,
-            policy_generation: verdict.policy_generation,
-        },
-        outcome: outcome.map(outcome_from_proto).transpose()?,
-        attack: attack.map(|proto::Attack { technique, tactic }| Attack { technique, tactic }),
-        detail,
-    })
+    let json = finding.json.ok_or_else(|| missing("finding.json"))?;
+    serde_json::from_str(&json).map_err(malformed("finding.json"))
 }
 
 pub fn also_in_to_proto(also_in: &AlsoIn) -> proto::AlsoIn {

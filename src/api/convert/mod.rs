@@ -21,8 +21,9 @@ pub use container::{container_to_proto, image_from_proto, pod_from_proto};
 pub use diff::{diff_to_proto, diff_to_protos, difference_from_proto, difference_to_proto};
 pub use file::file_type_name;
 pub use finding::{
-    also_in_from_proto, also_in_to_proto, finding_from_proto, finding_to_proto, member_from_proto,
-    member_to_proto, severity_from_proto, severity_to_proto,
+    also_in_from_proto, also_in_to_proto, finding_from_proto, finding_text_to_proto,
+    finding_to_proto, member_from_proto, member_to_proto, severity_from_proto, severity_to_proto,
+    stored_finding_to_proto,
 };
 pub(super) use gap::gap;
 pub use gap::gap_to_proto;

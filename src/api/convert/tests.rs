@@ -6,13 +6,12 @@
 use jiff::Timestamp;
 use prost::Message as _;
 
-use super::file::{FILE_TYPES, FORMATS};
 use super::*;
 use crate::api::proto;
-use crate::history::{Happened, TimelineEntry};
+use crate::history::{FindingText, Happened, TimelineEntry};
 use crate::model::{
-    Command, ContainerId, Entry, Exit, Finding, ImageReference, Incarnation, Interactive, Kind,
-    Outcome, Probe, ProbeSource, RootfsPath, Session, SessionState, Severity,
+    Command, ContainerId, Entry, Exit, FileType, Finding, ImageReference, Incarnation, Interactive,
+    Kind, Outcome, Probe, ProbeSource, RootfsPath, Session, SessionState, Severity,
 };
 use crate::pipeline::{Diff, Difference, DifferenceKind};
 use crate::respond::Response;
@@ -21,11 +20,50 @@ fn sample() -> Finding {
     serde_json::from_str(include_str!("../../../tests/data/finding.json")).unwrap()
 }
 
+fn stored(finding: &Finding) -> FindingText {
+    FindingText(serde_json::to_string(finding).unwrap())
+}
+
+/// As JSON it comes back as it was, and as a message it has each value of the JSON.
 #[track_caller]
 fn check(finding: &Finding) {
-    let wire = finding_to_proto(finding.clone()).encode_to_vec();
+    let wire = stored_finding_to_proto(stored(finding), true).unwrap().encode_to_vec();
     let read = proto::Finding::decode(&wire[..]).unwrap();
     assert_eq!(finding_from_proto(read).as_ref(), Ok(finding));
+
+    let message = stored_finding_to_proto(stored(finding), false).unwrap();
+    assert_eq!(message, finding_to_proto(finding.clone()));
+    let shown = format!("{message:?}");
+    let mut left = vec![("", serde_json::to_value(finding).unwrap())];
+    let mut keys = Vec::new();
+    while let Some((key, value)) = left.pop() {
+        let expected = match value {
+            serde_json::Value::Object(values) => {
+                for (key, value) in values {
+                    keys.push(key.clone());
+                    left.push((String::leak(key), value));
+                }
+                continue;
+            }
+            serde_json::Value::Array(values) => {
+                left.extend(values.into_iter().map(|value| (key, value)));
+                continue;
+            }
+            serde_json::Value::Null => continue,
+            // The message has them in other forms: no schema, times, and bytes for a path.
+            _ if matches!(key, "schema" | "first_seen" | "last_seen" | "at" | "created_at") => {
+                continue;
+            }
+            serde_json::Value::String(_) if key == "path" || key.ends_with("_bytes") => continue,
+            serde_json::Value::String(text) if key == "severity" => {
+                format!("severity: {}{}", text[..1].to_uppercase(), &text[1..])
+            }
+            serde_json::Value::String(text) => format!("{text:?}"),
+            other => other.to_string(),
+        };
+        assert!(shown.contains(&expected), "`{key}` is not in the message: {shown}");
+    }
+    assert!(keys.len() > 60, "{keys:?}");
 }
 
 #[test]
@@ -116,15 +154,20 @@ fn every_name_survives_the_wire() {
             check(&finding);
         }
     }
-    for file_type in FILE_TYPES {
+    for file_type in [
+        FileType::Regular,
+        FileType::Directory,
+        FileType::Symlink,
+        FileType::CharDevice,
+        FileType::BlockDevice,
+        FileType::Fifo,
+        FileType::Socket,
+    ] {
         let json = serde_json::to_value(file_type).unwrap();
         assert_eq!(json, file_type_name(file_type));
-        for format in FORMATS {
-            let mut finding = sample();
-            let file = finding.file.as_mut().unwrap();
-            (file.file_type, file.format) = (file_type, format);
-            check(&finding);
-        }
+        let mut finding = sample();
+        finding.file.as_mut().unwrap().file_type = file_type;
+        check(&finding);
     }
 }
 
@@ -138,9 +181,20 @@ fn command() -> Command {
 
 #[track_caller]
 fn check_entry(what: Happened) {
-    let entry = TimelineEntry { at: "2026-11-20T10:00:00.25Z".parse().unwrap(), what };
-    let wire = timeline_entry_to_proto(entry.clone()).encode_to_vec();
-    let read = proto::TimelineEntry::decode(&wire[..]).unwrap();
+    let at = "2026-11-20T10:00:00.25Z".parse().unwrap();
+    let entry = TimelineEntry { at, what: what.clone() };
+    let what = match what {
+        Happened::SessionOpened(session) => Happened::SessionOpened(session),
+        Happened::Command(command) => Happened::Command(command),
+        Happened::Finding(finding) => Happened::Finding(Box::new(stored(&finding))),
+        Happened::SessionClosed(session) => Happened::SessionClosed(session),
+        Happened::Response(response) => Happened::Response(response),
+        Happened::Gap { name, container, detail, until } => {
+            Happened::Gap { name, container, detail, until }
+        }
+    };
+    let message = timeline_entry_to_proto(TimelineEntry { at, what }, true).unwrap();
+    let read = proto::TimelineEntry::decode(&message.encode_to_vec()[..]).unwrap();
     assert_eq!(timeline_entry_from_proto(read), Ok(Some(entry)));
 }
 
@@ -229,10 +283,16 @@ fn every_entry_of_a_timeline_survives_the_wire() {
 
 #[test]
 fn a_message_that_is_not_understood_names_the_field() {
-    let mut message = finding_to_proto(sample());
-    message.kind = "exec.odd".into();
+    let odd = FindingText(stored(&sample()).0.replace("exec.modified", "exec.odd"));
+    let message = stored_finding_to_proto(odd.clone(), true).unwrap();
     let err = finding_from_proto(message).unwrap_err().to_string();
-    assert!(err.starts_with("`kind` is missing or not understood: `exec.odd`"), "{err}");
+    assert!(err.starts_with("`finding.json` is missing or not understood: "), "{err}");
+    assert!(err.contains("exec.odd"), "{err}");
+    let err = stored_finding_to_proto(odd, false).unwrap_err().to_string();
+    assert!(err.contains("exec.odd"), "{err}");
+    // An older daemon does not know that JSON was requested.
+    let err = finding_from_proto(finding_to_proto(sample())).unwrap_err().to_string();
+    assert!(err.contains("is the other side another version?"), "{err}");
 }
 
 #[test]

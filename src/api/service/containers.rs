@@ -9,7 +9,7 @@ use tonic::Status;
 
 use super::backend::Service;
 use super::paging::{next_page_token, page_limit, page_token};
-use crate::api::failure::{lookup_failed, optional_time, unblock};
+use crate::api::failure::{lookup_failed, optional_time, unblock, unreadable};
 use crate::api::{baselines, convert, proto};
 use crate::model::{ContainerId, NamedBy, printable};
 use crate::pipeline::{ApiRequest, ContainerView, Diff, LookupError};
@@ -67,8 +67,10 @@ impl Service {
         let id = container.clone();
         let page =
             self.read(move |reader| reader.timeline(&id, since, until, after, limit)).await?;
+        let entries = page.entries.into_iter();
+        let entries = entries.map(|entry| convert::timeline_entry_to_proto(entry, request.as_json));
         Ok(proto::GetTimelineResponse {
-            entries: page.entries.into_iter().map(convert::timeline_entry_to_proto).collect(),
+            entries: entries.collect::<Result<_, _>>().map_err(|err| unreadable(&err))?,
             next_page_token: next_page_token(page.next),
             namespace: container.namespace.to_string(),
             container: container.id.to_string(),

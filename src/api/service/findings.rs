@@ -8,11 +8,11 @@ use tonic::Status;
 
 use super::backend::Service;
 use super::paging::{next_page_token, page_limit, page_token};
-use crate::api::failure::{optional_time, the_one};
+use crate::api::failure::{optional_time, the_one, unreadable};
 use crate::api::follow::Follower;
 use crate::api::outbox::{Inbox, PATIENCE, outbox};
 use crate::api::{convert, proto};
-use crate::history::{AlsoIn, Content, Filter, FindingLookup};
+use crate::history::{Content, Filter};
 use crate::model::{Finding, Kind, printable};
 
 /// Responses that are sent with a finding: the newest ones.
@@ -26,37 +26,38 @@ impl Service {
         let filter = self.finding_filter(request.filter).await?;
         let after = page_token(&request.page_token)?;
         let limit = page_limit(request.page_size);
-        let page = self.read(move |reader| reader.findings(&filter, after, limit)).await?;
+        let page = self.read(move |reader| reader.stored_findings(&filter, after, limit)).await?;
+        let findings = page.findings.into_iter();
+        let findings = findings.map(|one| convert::stored_finding_to_proto(one, request.as_json));
         Ok(proto::ListFindingsResponse {
-            findings: page.findings.into_iter().map(convert::finding_to_proto).collect(),
+            findings: findings.collect::<Result<_, _>>().map_err(|err| unreadable(&err))?,
             next_page_token: next_page_token(page.next),
         })
     }
 
     pub(super) async fn get_finding(
         &self,
-        id: String,
+        proto::GetFindingRequest { id, as_json }: proto::GetFindingRequest,
     ) -> Result<proto::GetFindingResponse, Status> {
         let shown = printable(id.as_bytes());
-        let found = self.read(move |reader| {
-            let found = reader.finding(&id)?;
-            let mut responses = Vec::new();
-            let mut also_in = AlsoIn::default();
-            if let FindingLookup::Found(finding) = &found {
-                if let Some(container) = finding.container_id() {
-                    responses = reader.responses(container)?;
-                }
-                also_in = reader.also_in(finding)?;
-            }
-            Ok((found, responses, also_in))
+        let found = self.read(move |reader| reader.stored_finding(&id)).await?;
+        let text = the_one(found, "finding", &shown)?;
+        let finding = text.parse().map_err(|err| unreadable(&err))?;
+        let about = finding.clone();
+        let read = self.read(move |reader| {
+            let responses = about.container_id().map(|container| reader.responses(container));
+            Ok((responses.transpose()?.unwrap_or_default(), reader.also_in(&about)?))
         });
-        let (found, mut responses, also_in) = found.await?;
-        let finding = the_one(found, "finding", &shown)?;
+        let (mut responses, also_in) = read.await?;
         responses.retain(|response| response.requested_at >= finding.first_seen);
         let older = responses.len().saturating_sub(MAX_RESPONSES);
         let responses = responses.into_iter().skip(older);
         Ok(proto::GetFindingResponse {
-            finding: Some(convert::finding_to_proto(*finding)),
+            finding: Some(if as_json {
+                convert::finding_text_to_proto(*text)
+            } else {
+                convert::finding_to_proto(finding)
+            }),
             responses: responses.map(convert::response_to_proto).collect(),
             also_in: Some(convert::also_in_to_proto(&also_in)),
         })
@@ -89,6 +90,7 @@ impl Service {
             reader: self.history.clone(),
             filter,
             sessions: request.sessions,
+            as_json: request.as_json,
             committed: self.committed.clone(),
             stopping: self.stopping.clone(),
             client,

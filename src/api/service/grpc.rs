@@ -120,7 +120,7 @@ impl DriftService for Service {
         &self,
         request: Request<proto::GetFindingRequest>,
     ) -> Reply<proto::GetFindingResponse> {
-        self.get_finding(request.into_inner().id).await.map(Response::new)
+        self.get_finding(request.into_inner()).await.map(Response::new)
     }
 
     async fn list_members(
@@ -141,7 +141,7 @@ impl DriftService for Service {
         &self,
         request: Request<proto::GetSessionRequest>,
     ) -> Reply<proto::GetSessionResponse> {
-        self.get_session(request.into_inner().id).await.map(Response::new)
+        self.get_session(request.into_inner()).await.map(Response::new)
     }
 
     async fn list_commands(

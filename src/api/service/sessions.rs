@@ -6,7 +6,7 @@ use tonic::Status;
 
 use super::backend::Service;
 use super::paging::{next_page_token, page_limit, page_token};
-use crate::api::failure::{optional_time, the_one};
+use crate::api::failure::{optional_time, the_one, unreadable};
 use crate::api::{convert, proto};
 use crate::history::SessionFilter;
 use crate::model::{FindingId, Session, printable};
@@ -34,15 +34,17 @@ impl Service {
 
     pub(super) async fn get_session(
         &self,
-        id: String,
+        request: proto::GetSessionRequest,
     ) -> Result<proto::GetSessionResponse, Status> {
-        let session = self.session(id).await?;
+        let session = self.session(request.id).await?;
         let mut ids: Vec<FindingId> = session.finding.into_iter().collect();
         ids.extend(session.findings.iter().filter(|id| Some(**id) != session.finding));
         let findings = self.read(move |reader| reader.findings_of(&ids)).await?;
+        let findings = findings.into_iter();
+        let findings = findings.map(|one| convert::stored_finding_to_proto(one, request.as_json));
         Ok(proto::GetSessionResponse {
             session: Some(convert::session_to_proto(*session)),
-            findings: findings.into_iter().map(convert::finding_to_proto).collect(),
+            findings: findings.collect::<Result<_, _>>().map_err(|err| unreadable(&err))?,
         })
     }
 

@@ -7,9 +7,9 @@ use rusqlite::params;
 
 use super::connection::Reader;
 use super::filter::{Conditions, Filter, is_named};
-use super::pages::{AlsoIn, FindingLookup, FindingsPage, PAGE_BYTES, PageToken};
+use super::pages::{AlsoIn, FindingLookup, FindingsPage, Lookup, PAGE_BYTES, PageToken};
 use crate::history::error::Error;
-use crate::history::json::{self, Kept as _};
+use crate::history::json::{self, FindingText, Kept};
 use crate::history::sql::length;
 use crate::model::{ContainerId, Finding, FindingId};
 
@@ -27,9 +27,27 @@ impl Reader {
         after: Option<PageToken>,
         limit: usize,
     ) -> Result<FindingsPage, Error> {
+        self.findings_page(filter, after, limit)
+    }
+
+    /// The same, as the texts that are stored.
+    pub fn stored_findings(
+        &self,
+        filter: &Filter,
+        after: Option<PageToken>,
+        limit: usize,
+    ) -> Result<FindingsPage<FindingText>, Error> {
+        self.findings_page(filter, after, limit)
+    }
+
+    fn findings_page<F: Kept>(
+        &self,
+        filter: &Filter,
+        after: Option<PageToken>,
+        limit: usize,
+    ) -> Result<FindingsPage<F>, Error> {
         let conditions = Conditions::of(filter, &self.images(filter)?);
-        let (findings, next) =
-            self.page(conditions, "last_seen", after, limit, |one: &Finding| one.id)?;
+        let (findings, next) = self.page(conditions, "last_seen", after, limit)?;
         Ok(FindingsPage { findings, next })
     }
 
@@ -63,8 +81,13 @@ impl Reader {
         self.lookup(text)
     }
 
+    /// The same, as the text that is stored.
+    pub fn stored_finding(&self, text: &str) -> Result<Lookup<FindingText>, Error> {
+        self.lookup(text)
+    }
+
     /// The findings with these IDs that are stored, in this order, as many as fit on a page.
-    pub fn findings_of(&self, ids: &[FindingId]) -> Result<Vec<Finding>, Error> {
+    pub fn findings_of(&self, ids: &[FindingId]) -> Result<Vec<FindingText>, Error> {
         self.query(|connection| {
             let failed = Error::sql("read", &self.path);
             let mut query = connection

@@ -8,9 +8,9 @@ use rusqlite::types::Value;
 
 use super::connection::Reader;
 use super::filter::{Conditions, Filter};
-use super::pages::Followed;
+use super::pages::{Followed, Stored};
 use crate::history::error::Error;
-use crate::history::json::{self, Kept as _};
+use crate::history::json::{self, FindingText, Kept as _};
 use crate::history::sql::{length, newest_seq};
 use crate::model::{Finding, Session};
 
@@ -35,6 +35,30 @@ impl Reader {
         limit: usize,
         bytes: usize,
     ) -> Result<Followed, Error> {
+        self.read_after(cursor, filter, (limit, bytes), json::record)
+    }
+
+    /// The same, with findings as the text that is stored.
+    pub fn stored_after(
+        &self,
+        cursor: u64,
+        filter: &Filter,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Followed<Stored>, Error> {
+        self.read_after(cursor, filter, (limit, bytes), |kind, text| match kind {
+            "finding" => FindingText::read(text).map(Stored::Finding),
+            _ => json::record(kind, text).map(Stored::Other),
+        })
+    }
+
+    fn read_after<R>(
+        &self,
+        cursor: u64,
+        filter: &Filter,
+        (limit, bytes): (usize, usize),
+        parse: impl Fn(&str, &str) -> serde_json::Result<R>,
+    ) -> Result<Followed<R>, Error> {
         let mut of_finding = Conditions::of(filter, &self.images(filter)?);
         let mut of_others = Conditions::default();
         if let Some(container) = &filter.container {
@@ -92,10 +116,13 @@ impl Reader {
                 }
                 read += length(row, 2).map_err(&failed)?;
                 let seq: i64 = row.get(0).map_err(&failed)?;
-                let kind: String = row.get(1).map_err(&failed)?;
-                followed
-                    .records
-                    .push((seq.unsigned_abs(), json::record(row, &kind, 2, &self.path)?));
+                let column = |column| row.get_ref(column).and_then(|value| Ok(value.as_str()?));
+                let (kind, text) = (column(1).map_err(&failed)?, column(2).map_err(&failed)?);
+                let record = parse(kind, text).map_err(|err| Error::Corrupt {
+                    path: self.path.clone(),
+                    detail: format!("a {kind}: {err}"),
+                })?;
+                followed.records.push((seq.unsigned_abs(), record));
             }
             Ok(followed)
         })

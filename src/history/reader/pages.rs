@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use crate::history::json::FindingText;
 use crate::history::record::Record;
 use crate::model::finding::hex;
 use crate::model::{
@@ -111,9 +112,9 @@ pub struct MembersPage {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct FindingsPage {
+pub struct FindingsPage<F = Finding> {
     /// Newest `last_seen` first.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<F>,
     /// `None` on the last page.
     pub next: Option<PageToken>,
 }
@@ -134,11 +135,18 @@ pub struct CommandsPage {
     pub next: Option<CommandToken>,
 }
 
+/// A record for a follower who sends findings on as they are stored.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stored {
+    Finding(FindingText),
+    Other(Record),
+}
+
 /// What follows a cursor.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Followed {
+pub struct Followed<R = Record> {
     /// Oldest first, each with its cursor.
-    pub records: Vec<(u64, Record)>,
+    pub records: Vec<(u64, R)>,
     /// Every record up to here was read.
     pub cursor: u64,
     /// Whether there are more records already.

@@ -4,6 +4,7 @@
 //! Each works on every type that is stored as published JSON (`json::Kept`).
 
 use std::fmt;
+use std::str::FromStr;
 
 use rusqlite::types::Value;
 use rusqlite::{params, params_from_iter};
@@ -18,13 +19,12 @@ use crate::model::Labels;
 
 impl Reader {
     /// One page of the rows that meet `conditions`, ordered by `time`, newest first.
-    pub(super) fn page<T: Kept, Id: Copy + fmt::Display>(
+    pub(super) fn page<T: Kept, Id: FromStr + fmt::Display>(
         &self,
         mut conditions: Conditions,
         time: &str,
         after: Option<PageToken<Id>>,
         limit: usize,
-        id_of: impl Fn(&T) -> Id,
     ) -> Result<(Vec<T>, Option<PageToken<Id>>), Error> {
         if let Some(token) = after {
             conditions.add(
@@ -44,13 +44,13 @@ impl Reader {
             let mut query = connection.prepare_cached(&sql).map_err(&failed)?;
             let mut rows = query.query(params_from_iter(&conditions.values)).map_err(&failed)?;
             let mut all: Vec<T> = Vec::new();
-            let (mut time, mut bytes) = (0, 0);
+            let (mut id, mut time, mut bytes) = (None, 0, 0);
             while let Some(row) = rows.next().map_err(&failed)? {
                 if all.len() == limit || bytes > PAGE_BYTES {
-                    let next = all.last().map(|last| PageToken { time, id: id_of(last) });
-                    return Ok((all, next));
+                    return Ok((all, id.map(|id| PageToken { time, id })));
                 }
                 all.push(json::kept(row, 0, 1, &self.path)?);
+                id = row.get_ref(0).and_then(|id| Ok(id.as_str()?)).map_err(&failed)?.parse().ok();
                 time = row.get(2).map_err(&failed)?;
                 bytes += length(row, 1).map_err(&failed)?;
             }

@@ -7,7 +7,6 @@ use rusqlite::params;
 use super::connection::Reader;
 use crate::history::error::Error;
 use crate::history::json;
-use crate::history::record::Record;
 use crate::model::ContainerId;
 use crate::respond::{RESTART, Response};
 
@@ -18,7 +17,7 @@ impl Reader {
             let failed = Error::sql("read", &self.path);
             let mut query = connection
                 .prepare_cached(
-                    "SELECT json FROM record
+                    "SELECT CAST(seq AS TEXT), json FROM record
                      WHERE type = 'response' AND container = ? AND namespace = ? ORDER BY seq",
                 )
                 .map_err(&failed)?;
@@ -26,9 +25,7 @@ impl Reader {
                 query.query(params![&*container.id, &*container.namespace]).map_err(&failed)?;
             let mut responses = Vec::new();
             while let Some(row) = rows.next().map_err(&failed)? {
-                if let Record::Response(response) = json::record(row, "response", 0, &self.path)? {
-                    responses.push(*response);
-                }
+                responses.push(json::kept(row, 0, 1, &self.path)?);
             }
             Ok(responses)
         })
@@ -41,7 +38,7 @@ impl Reader {
             let failed = Error::sql("read", &self.path);
             let mut query = connection
                 .prepare_cached(
-                    "SELECT json FROM record
+                    "SELECT CAST(seq AS TEXT), json FROM record
                      WHERE type = 'response' AND container = ? AND namespace = ?
                          AND json ->> '$.outcome.succeeded'
                          AND json ->> '$.outcome.action' IN ('kill', ?)
@@ -52,10 +49,7 @@ impl Reader {
                 .query(params![&*container.id, &*container.namespace, RESTART])
                 .map_err(&failed)?;
             let Some(row) = rows.next().map_err(&failed)? else { return Ok(None) };
-            Ok(match json::record(row, "response", 0, &self.path)? {
-                Record::Response(response) => Some(*response),
-                _ => None,
-            })
+            json::kept(row, 0, 1, &self.path).map(Some)
         })
     }
 }

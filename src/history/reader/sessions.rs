@@ -28,8 +28,7 @@ impl Reader {
         limit: usize,
     ) -> Result<SessionsPage, Error> {
         let conditions = Conditions::of_sessions(filter);
-        let (sessions, next) =
-            self.page(conditions, "started_at", after, limit, |one: &Session| one.id)?;
+        let (sessions, next) = self.page(conditions, "started_at", after, limit)?;
         Ok(SessionsPage { sessions, next })
     }
 

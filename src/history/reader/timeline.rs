@@ -12,23 +12,23 @@ use rusqlite::{Connection, named_params, params};
 use super::connection::Reader;
 use super::pages::{BadPageToken, PAGE_BYTES};
 use crate::history::error::Error;
-use crate::history::json::{self, Kept as _};
+use crate::history::json::{self, FindingText, Kept as _};
 use crate::model::{Command, ContainerId, Finding, Session};
 use crate::respond::Response;
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct TimelineEntry {
+pub struct TimelineEntry<F = Finding> {
     pub at: Timestamp,
-    pub what: Happened,
+    pub what: Happened<F>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Happened {
+pub enum Happened<F = Finding> {
     SessionOpened(Box<Session>),
     /// A session ran a command.
     Command(Box<Command>),
     /// Something was found for the first time.
-    Finding(Box<Finding>),
+    Finding(Box<F>),
     /// A session ended, or its end was noticed.
     SessionClosed(Box<Session>),
     Response(Box<Response>),
@@ -45,7 +45,7 @@ pub enum Happened {
 #[derive(Clone, Debug, PartialEq)]
 pub struct TimelinePage {
     /// Oldest first.
-    pub entries: Vec<TimelineEntry>,
+    pub entries: Vec<TimelineEntry<FindingText>>,
     /// `None` on the last page.
     pub next: Option<TimelineToken>,
 }
@@ -168,13 +168,13 @@ impl Source {
         }
     }
 
-    fn read(self, text: &str) -> serde_json::Result<Happened> {
+    fn read(self, text: &str) -> serde_json::Result<Happened<FindingText>> {
         Ok(match self {
             Source::Opened => Happened::SessionOpened(serde_json::from_str(text)?),
             Source::Command => Happened::Command(serde_json::from_str(text)?),
-            Source::Finding => Happened::Finding(serde_json::from_str(text)?),
+            Source::Finding => Happened::Finding(Box::new(FindingText::read(text)?)),
             Source::Closed => Happened::SessionClosed(serde_json::from_str(text)?),
-            Source::Response => Happened::Response(Box::new(json::response(text)?)),
+            Source::Response => Happened::Response(Box::new(Response::read(text)?)),
             Source::Gap => {
                 let gap = json::gap(text)?;
                 Happened::Gap {

@@ -109,7 +109,10 @@ fn what_a_package_manager_writes_is_one_transaction() {
     assert_eq!((transaction.kind, transaction.files), (Kind::PackageTransaction, Some(1)));
     assert_eq!(transaction.process.as_ref().unwrap().identity.pid, 50);
     node.see(Source::Change, written_by("/usr/bin/ncat", "ncat", Some(descendant(52, &[51, 50]))));
-    let gone = Fact::Absent { path: at("/usr/bin/curl"), writer: Some(descendant(50, &[])) };
+    let gone = Fact::File(FileFact::Absent {
+        path: at("/usr/bin/curl"),
+        writer: Some(descendant(50, &[])),
+    });
     node.see(Source::Change, gone);
     // The writer is not known: it may be any process.
     node.see(Source::Change, written_by("/usr/bin/evil", "evil", None));
@@ -129,7 +132,10 @@ fn what_a_package_manager_writes_is_one_transaction() {
     for (path, content) in [("/usr/bin/nmap", "nmap"), ("/usr/bin/ncat", "ncat")] {
         restarted.see(Source::Scan, present(at(path), content));
     }
-    restarted.see(Source::Scan, Fact::Absent { path: at("/usr/bin/curl"), writer: None });
+    restarted.see(
+        Source::Scan,
+        Fact::File(FileFact::Absent { path: at("/usr/bin/curl"), writer: None }),
+    );
     restarted.publish();
     assert_eq!(restarted.findings, []);
 }
@@ -152,7 +158,7 @@ fn scripts_of_a_package_belong_to_its_transaction_and_what_they_give_away_stands
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     let script = |path: &str, process: Arc<Process>| {
         let mut fact = exec(at(path), "script");
-        if let Fact::Executed { process: runner, state, .. } = &mut fact {
+        if let Fact::File(FileFact::Executed { process: runner, state, .. }) = &mut fact {
             (*runner, state.format) = (process, Format::Script);
         }
         fact
@@ -164,7 +170,10 @@ fn scripts_of_a_package_belong_to_its_transaction_and_what_they_give_away_stands
     let mut privileged = state_of("ls");
     privileged.mode = 0o4755;
     let (path, writer) = (at("/bin/ls"), Some(own.clone()));
-    node.see(Source::Change, Fact::Present { path, state: privileged, lower: None, writer });
+    node.see(
+        Source::Change,
+        Fact::File(FileFact::Present { path, state: privileged, lower: None, writer }),
+    );
     node.publish();
     assert_eq!(node.kinds(), [(Kind::FilePrivileged, 1, 1), (Kind::PackageTransaction, 1, 2)]);
     let reported = node.newest();
@@ -197,7 +206,7 @@ fn a42_the_programs_of_a_foreign_root_are_aggregated_after_the_first_ones() {
     let mut node = Node::running();
     let run = |path: &str, content: &str, root: Option<&str>| {
         let mut fact = exec(at(path), content);
-        if let Fact::Executed { process: runner, .. } = &mut fact {
+        if let Fact::File(FileFact::Executed { process: runner, .. }) = &mut fact {
             *runner = Arc::new(Process { root: root.map(Into::into), ..process(42) });
         }
         fact
@@ -234,9 +243,15 @@ fn the_removal_of_a_guard_is_never_one_of_many() {
     let ready = BaselineEvent::Ready { chain_id, baseline, unchanged_since: None };
     node.give(Input::Baseline(ready, ImageReference::default()));
     for number in 0..500 {
-        node.see(Source::Scan, Fact::Absent { path: at(&format!("/sbin/{number}")), writer: None });
+        node.see(
+            Source::Scan,
+            Fact::File(FileFact::Absent { path: at(&format!("/sbin/{number}")), writer: None }),
+        );
     }
-    node.see(Source::Scan, Fact::Absent { path: at("/sbin/tcpdump"), writer: None });
+    node.see(
+        Source::Scan,
+        Fact::File(FileFact::Absent { path: at("/sbin/tcpdump"), writer: None }),
+    );
     node.publish();
     assert_eq!(node.kinds(), [(Kind::FileRemoved, 34, 501)]);
     let guard =

@@ -17,7 +17,7 @@ fn a01_a_file_written_and_later_run_has_linked_findings() {
 }
 
 fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> Input {
-    let fact = Fact::Loaded {
+    let fact = Fact::File(FileFact::Loaded {
         path: RootfsPath::new(path).unwrap(),
         filesystem: Filesystem::Overlay,
         state: state_of(content),
@@ -26,7 +26,7 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
         by_linker: false,
         is_shared: false,
         writer: writer.map(Arc::new),
-    };
+    });
     let at = Timestamp::from_second(1).unwrap();
     let container = id("c1");
     Input::Sensor(SensorEvent::Observed(Observation {
@@ -61,12 +61,12 @@ fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_ala
 
     // Written long ago: the finding about the write names the writer.
     let mut node = Node::running();
-    let fact = Fact::Present {
+    let fact = Fact::File(FileFact::Present {
         path: RootfsPath::new("/tmp/lib.so").unwrap(),
         state: state_of("jni"),
         lower: None,
         writer: Some(Arc::new(app())),
-    };
+    });
     let at = Timestamp::from_second(1).unwrap();
     let (container, source) = (id("c1"), Source::Change);
     node.give(Input::Sensor(SensorEvent::Observed(Observation {
@@ -101,7 +101,7 @@ fn owners_are_reported_as_the_container_names_them() {
     node.give(Input::Runtime(RuntimeEvent::Container(Box::new(in_user_namespace))));
     let owned = |path: &str, uid, gid| {
         let mut fact = exec(RootfsPath::new(path).unwrap(), "evil");
-        if let Fact::Executed { state, .. } = &mut fact {
+        if let Fact::File(FileFact::Executed { state, .. }) = &mut fact {
             (state.uid, state.gid) = (uid, gid);
         }
         let at = Timestamp::from_second(9).unwrap();
@@ -205,7 +205,7 @@ fn expected_has_a_sha256_only_when_the_lower_file_is_what_the_baseline_says() {
         ("three", None, None),
     ] {
         let mut fact = present(RootfsPath::new("/usr/bin/curl").unwrap(), content);
-        if let Fact::Present { lower: slot, .. } = &mut fact {
+        if let Fact::File(FileFact::Present { lower: slot, .. }) = &mut fact {
             *slot = lower;
         }
         let at = Timestamp::UNIX_EPOCH;

@@ -63,7 +63,7 @@ fn x12_no_number_of_new_programs_prevents_the_response_to_one_in_memory() {
 fn x12_no_number_of_scripts_prevents_the_response_to_a_line_in_crontab() {
     let mut node = flooded(Kind::FilePersistence, 17_000, |number| {
         let mut fact = exec(at(&format!("/tmp/{number}")), &format!("evil{number}"));
-        if let Fact::Executed { state, .. } = &mut fact {
+        if let Fact::File(FileFact::Executed { state, .. }) = &mut fact {
             state.format = Format::Script;
         }
         fact
@@ -140,7 +140,10 @@ fn reverse_shells_take_no_room_from_sessions_from_outside() {
     for pid in 1000..4000 {
         let process = Arc::new(Process { argv: Some(texts(&["sh"])), ..process(pid) });
         let evidence = "a test".to_owned();
-        node.see(Source::Trace, Fact::ReverseShell { process, direct: true, evidence });
+        node.see(
+            Source::Trace,
+            Fact::Session(SessionFact::ReverseShell { process, direct: true, evidence }),
+        );
     }
     node.play("session c1 5000 pts/0 sh");
     assert_eq!(node.session(5000).entry, By::RuntimeExec);

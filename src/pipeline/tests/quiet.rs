@@ -20,19 +20,19 @@ fn script_of(path: &str, content: &str, process: Process) -> Fact {
     let state = FileState { format: Format::Script, ..state_of(content) };
     let (path, filesystem, lower) = (at(path), Filesystem::Overlay, None);
     let script = Script::File { path, filesystem, state, lower };
-    Fact::Interpreted { script, process: Arc::new(process) }
+    Fact::File(FileFact::Interpreted { script, process: Arc::new(process) })
 }
 
 fn run(path: &str, content: &str, process: Process, by: Option<Process>) -> Fact {
     let mut fact = exec(at(path), content);
-    if let Fact::Executed { process: runner, writer, .. } = &mut fact {
+    if let Fact::File(FileFact::Executed { process: runner, writer, .. }) = &mut fact {
         (*runner, *writer) = (Arc::new(process), by.map(Arc::new));
     }
     fact
 }
 
 fn loaded(path: &str, content: &str, process: Process, by: Option<Process>) -> Fact {
-    Fact::Loaded {
+    Fact::File(FileFact::Loaded {
         path: at(path),
         filesystem: Filesystem::Overlay,
         state: state_of(content),
@@ -41,7 +41,7 @@ fn loaded(path: &str, content: &str, process: Process, by: Option<Process>) -> F
         by_linker: false,
         is_shared: false,
         writer: by.map(Arc::new),
-    }
+    })
 }
 
 impl Node {
@@ -159,7 +159,7 @@ fn w07_r13_libraries_of_one_directory_and_process_are_one_line_and_a_preload_is_
         let name = ["cuda", "nvml", "ptx", "gl"][number % 4];
         let path = format!("/usr/lib/drivers/lib{name}.so.{}", number / 4);
         let mut fact = loaded(&path, &path, app(), None);
-        if let Fact::Loaded { filesystem, .. } = &mut fact {
+        if let Fact::File(FileFact::Loaded { filesystem, .. }) = &mut fact {
             *filesystem = Filesystem::Volume;
         }
         node.see(Source::Trace, fact);
@@ -171,7 +171,7 @@ fn w07_r13_libraries_of_one_directory_and_process_are_one_line_and_a_preload_is_
         let mut worker = program(71, "/usr/bin/curl", &[]);
         worker.identity.start_time = 0;
         let mut fact = loaded(&path, &path, worker, None);
-        if let Fact::Loaded { filesystem, .. } = &mut fact {
+        if let Fact::File(FileFact::Loaded { filesystem, .. }) = &mut fact {
             *filesystem = Filesystem::Volume;
         }
         node.see(Source::Trace, fact);
@@ -197,7 +197,7 @@ fn r15_code_that_a_program_makes_for_itself_is_one_line_under_any_name_and_a_lib
     let generated = |name: &str, pid: u32, exe: &str| {
         let path = format!("/tmp/{name}");
         let mut fact = loaded(&path, &path, program(pid, exe, &[(1, "/bin/busybox")]), None);
-        if let Fact::Loaded { state, is_shared, .. } = &mut fact {
+        if let Fact::File(FileFact::Loaded { state, is_shared, .. }) = &mut fact {
             (state.format, state.deleted, *is_shared) = (Format::Unknown, true, true);
             state.content = Content::Unhashed(model::Unhashed::Gone);
         }
@@ -311,7 +311,7 @@ fn r29_a_script_that_a_package_manager_runs_from_memory_is_its_transactions_and_
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     let memory = |format, pid, parent: (u32, &str)| {
         let mut fact = exec(at("/memfd:postinst"), &format!("{format:?} {pid}"));
-        if let Fact::Executed { filesystem, state, process, .. } = &mut fact {
+        if let Fact::File(FileFact::Executed { filesystem, state, process, .. }) = &mut fact {
             (*filesystem, state.format) = (Filesystem::Anonymous, format);
             let ancestors = [parent, (50, "/usr/bin/dpkg")];
             *process = Arc::new(program(pid, "/bin/busybox", &ancestors));
@@ -378,7 +378,10 @@ fn r23_many_programs_that_gain_a_privilege_are_few_lines() {
         let mut state = state_of(&format!("c{number}"));
         state.mode = 0o4755;
         let path = at(&format!("/opt/p{number}"));
-        node.see(Source::Change, Fact::Present { path, state, lower: None, writer: None });
+        node.see(
+            Source::Change,
+            Fact::File(FileFact::Present { path, state, lower: None, writer: None }),
+        );
     }
     let privileged: Vec<String> =
         node.lines().into_iter().filter(|line| line.starts_with("file.privileged")).collect();
@@ -395,7 +398,7 @@ fn w10_accounts_that_one_command_changes_are_one_line_and_a_line_by_a_shell_is_i
     let write = |path: &str, content: &str, writer: Process| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
         let writer = Some(Arc::new(writer));
-        Fact::Present { path: at(path), state, lower: None, writer }
+        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
     };
     for file in files {
         node.see(Source::Change, write(file, file, program(60, "/usr/sbin/useradd", &[])));
@@ -422,7 +425,7 @@ fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_bes
     let write = |path: &str, content: &str, writer: Process| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
         let writer = Some(Arc::new(writer));
-        Fact::Present { path: at(path), state, lower: None, writer }
+        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
     };
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     let brought = [
@@ -464,7 +467,7 @@ fn w07_what_a_package_lays_where_programs_obey_it_is_one_line_and_what_others_la
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     let write = |path: &str, content: &str, writer: Option<Arc<Process>>| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
-        Fact::Present { path: at(path), state, lower: None, writer }
+        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
     };
     for (number, path) in
         ["/etc/init.d/cached", "/etc/rc2.d/cached", "/etc/passwd"].iter().enumerate()
@@ -475,7 +478,10 @@ fn w07_what_a_package_lays_where_programs_obey_it_is_one_line_and_what_others_la
     let mut privileged = state_of("agent");
     privileged.mode = 0o4755;
     let (path, writer) = (at("/usr/bin/agent"), Some(descendant(55, &[50])));
-    node.see(Source::Change, Fact::Present { path, state: privileged, lower: None, writer });
+    node.see(
+        Source::Change,
+        Fact::File(FileFact::Present { path, state: privileged, lower: None, writer }),
+    );
     let lines = |node: &mut Node| -> Vec<String> {
         node.lines().into_iter().filter(|line| line.starts_with("file.p")).collect()
     };

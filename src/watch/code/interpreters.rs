@@ -19,7 +19,9 @@ use super::scripts::{self, Language, Runs};
 use super::shells::{self, Neighbour, Pipe, Standard};
 use super::started::Started;
 use crate::health::Failure;
-use crate::model::{ContainerId, Fact, Filesystem, Process, RootfsPath, Script, Source};
+use crate::model::{
+    ContainerId, Fact, FileFact, Filesystem, Process, RootfsPath, Script, SessionFact, Source,
+};
 use crate::sys::procfs::{self, Connection, Descriptor, Handle};
 use crate::sys::{errand, file, mounts, overlay};
 use crate::threads;
@@ -410,7 +412,8 @@ fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
     check.again += 1;
     // Only now: a shell on a connection is not also reported as a script from a pipe.
     if let Some(script) = check.pipe.take() {
-        let fact = Fact::Interpreted { script, process: Arc::new(check.process.clone()) };
+        let fact =
+            Fact::File(FileFact::Interpreted { script, process: Arc::new(check.process.clone()) });
         shared.observe(&check.watched, check.at, Source::Trace, fact);
     }
     if is_alive { Outcome::ForNow(Box::new(check)) } else { Outcome::Enough }
@@ -452,7 +455,7 @@ fn direct(shared: &Files, check: &Check, standard: &Standard) -> bool {
 fn report_shell(shared: &Files, check: &Check, direct: bool, evidence: String) {
     let root = check.process.identity;
     let process = Arc::new(check.process.clone());
-    let fact = Fact::ReverseShell { process, direct, evidence };
+    let fact = Fact::Session(SessionFact::ReverseShell { process, direct, evidence });
     // What it runs from now on is activity over the connection, and so of a session.
     shared.note_session(&check.watched);
     if shared.observe(&check.watched, check.at, Source::Trace, fact)
@@ -475,7 +478,7 @@ fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when
         {
             return;
         }
-        Some(_) => Fact::Executed {
+        Some(_) => Fact::File(FileFact::Executed {
             path,
             filesystem,
             running: false,
@@ -486,7 +489,7 @@ fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when
             invoked_as: None,
             layer_file: None,
             writer: None,
-        },
+        }),
         None => {
             let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
             let script = Script::File { path, filesystem, state, lower };
@@ -496,7 +499,7 @@ fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when
                 check.pipe = Some(script);
                 return;
             }
-            Fact::Interpreted { script, process }
+            Fact::File(FileFact::Interpreted { script, process })
         }
     };
     shared.observe_file_of(&check.watched, file_of, check.at, Source::Trace, fact);

@@ -12,7 +12,7 @@
 //! ```text
 //! trace ── Loading ──> the name is not in the upper layer, and the image has it ──> done
 //!                      otherwise: its content, from the layer, or from the process
-//!                      while that lives ──> Fact::Loaded
+//!                      while that lives ──> FileFact::Loaded
 //! ```
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -27,8 +27,8 @@ use super::scripts;
 use super::started::Started;
 use crate::health::Failure;
 use crate::model::{
-    ContainerId, Content, Fact, Filesystem, Format, Process, ProcessIdentity, RootfsPath, Source,
-    printable,
+    ContainerId, Content, Fact, FileFact, Filesystem, Format, Process, ProcessIdentity, RootfsPath,
+    Source, printable,
 };
 use crate::sys::door::{Ground, View};
 use crate::sys::perf::{self, Executed, Mapped};
@@ -599,7 +599,7 @@ fn report(
         ancestors: Vec::new(),
     });
     let by_linker = *is_first && program.is_linker();
-    let fact = Fact::Loaded {
+    let fact = Fact::File(FileFact::Loaded {
         path,
         filesystem,
         state,
@@ -608,7 +608,7 @@ fn report(
         by_linker,
         is_shared: mapped.is_shared,
         writer,
-    };
+    });
     shared.observe_file_of(watched, file_of, *at, source, fact);
 }
 

@@ -19,7 +19,7 @@ use super::shared::Exec;
 use super::take::Taken;
 use super::unproven::Request;
 use crate::health::Failure;
-use crate::model::{Fact, Filesystem, Format, Process, RootfsPath, Source};
+use crate::model::{Fact, FileFact, Filesystem, Format, Process, RootfsPath, Source};
 use crate::sys::{perf, priority, procfs};
 use crate::threads;
 use crate::watch::core::fair::{self, Receiver, Sender};
@@ -338,7 +338,7 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
         Filesystem::Overlay if layer_file.is_none() => shared.writer_of_file(&watched, &stat),
         _ => None,
     };
-    let fact = Fact::Executed {
+    let fact = Fact::File(FileFact::Executed {
         invoked_as: exec_name.and_then(|name| describe::invoked_as(&name, &path)),
         path: path.clone(),
         filesystem,
@@ -349,7 +349,7 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
         process: Arc::new(process),
         layer_file,
         writer,
-    };
+    });
     let file_of = (!Arc::ptr_eq(&holder, &watched)).then(|| holder.container.clone());
     let is_reported = shared.observe_file_of(&watched, file_of, at, Source::Gate, fact);
     if let Some(layer_file) = layer_file {

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::health::Failure;
-use crate::model::{ContainerId, Fact, FileState, Filesystem, LayerFile, RootfsPath, Source};
+use crate::model::{
+    ContainerId, Fact, FileFact, FileState, Filesystem, LayerFile, RootfsPath, Source,
+};
 use crate::sys::door::{self, Ground, View};
 use crate::sys::file::{self, Stat};
 use crate::sys::procfs::{self, Handle};
@@ -90,7 +92,7 @@ impl Running {
             // First, so that the verdict on the file finds it.
             watched.layer_files_mut().note_reported(layer_file, state.clone(), at);
         }
-        let fact = Fact::Executed {
+        let fact = Fact::File(FileFact::Executed {
             invoked_as: None,
             path,
             filesystem,
@@ -101,7 +103,7 @@ impl Running {
             process: Arc::new(process),
             layer_file,
             writer: None,
-        };
+        });
         let is_reported = shared.observe_file_of(watched, file_of, at, Source::Scan, fact);
         if let Some(layer_file) = layer_file
             && !is_reported

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 
 use crate::health::Failure;
 use crate::model::{
-    ContainerId, Fact, FileState, Filesystem, Process, ProcessIdentity, Source, printable,
+    ContainerId, Fact, FileFact, FileState, Filesystem, Process, ProcessIdentity, Source, printable,
 };
 use crate::sys::door::{Held, Local};
 use crate::sys::file::{self, Stat};
@@ -179,7 +179,7 @@ fn report(
     let is_nameless = filesystem == Filesystem::Anonymous || state.deleted;
     match paths::path(&name, is_nameless) {
         Ok(path) => {
-            let fact = Fact::Executed {
+            let fact = Fact::File(FileFact::Executed {
                 invoked_as: describe::invoked_as(&exec_name, &path),
                 path,
                 filesystem,
@@ -190,7 +190,7 @@ fn report(
                 process: Arc::new(process),
                 layer_file: None,
                 writer: None,
-            };
+            });
             shared.observe_file_of(&watched, file_of, at, Source::Trace, fact);
         }
         Err(why) => {

@@ -16,7 +16,7 @@ use super::shared::Files;
 use super::walk;
 use super::work::Work;
 use crate::health::Failure;
-use crate::model::{ContainerId, Fact, FileType, RootfsPath};
+use crate::model::{ContainerId, Fact, FileFact, FileType, RootfsPath};
 
 /// The most new directories of one container that are walked one by one.
 pub(crate) const MAX_BELOW: usize = 1024;
@@ -85,14 +85,14 @@ pub(crate) fn report_settled(
             }
             if walk::matters(shared, &watched, &path, &state, lower.as_ref()) {
                 let writer = writer.or_else(|| shared.writer_of_file(&watched, &stat));
-                report(Fact::Present { path, state, lower, writer });
+                report(Fact::File(FileFact::Present { path, state, lower, writer }));
             }
         }
         // It is unknown whether the container or its runtime removed it.
         Ok(Some(Found::Whiteout) | None) if watched.is_detaching() => (),
         Ok(Some(Found::Whiteout)) => {
             watched.ways.forget(&path);
-            report(Fact::Absent { path, writer });
+            report(Fact::File(FileFact::Absent { path, writer }));
         }
         // The image's own file is visible: it was executed before the layers of the image were
         // known.
@@ -100,7 +100,7 @@ pub(crate) fn report_settled(
         Ok(None) if layers.is_cut_off() && entry::open_merged(&watched, &path).is_ok() => (),
         Ok(None) => {
             watched.ways.forget(&path);
-            report(Fact::Absent { path, writer });
+            report(Fact::File(FileFact::Absent { path, writer }));
         }
         Ok(Some(Found::Directory)) => {
             watched.ways.forget(&path);

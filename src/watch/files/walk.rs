@@ -22,8 +22,8 @@ use super::state;
 use crate::health::Failure;
 use crate::model::file::{SETGID, SETUID};
 use crate::model::{
-    Content, Fact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath, Source,
-    Unhashed,
+    Content, Fact, FileFact, FileState, FileType, LowerTwin, Observation, Process, RootfsPath,
+    Source, Unhashed,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
@@ -420,12 +420,12 @@ impl Walk {
         if is_known && is_stable && self.seen.len() < MAX_CACHED {
             self.seen.insert(path.clone(), Cached { stat, state: state.clone(), lower });
         }
-        self.push(shared, Fact::Present { path, state, lower, writer });
+        self.push(shared, Fact::File(FileFact::Present { path, state, lower, writer }));
     }
 
     pub(crate) fn absent(&mut self, shared: &Files, path: RootfsPath) {
         let writer = self.writer(shared, &path);
-        self.push(shared, Fact::Absent { path, writer });
+        self.push(shared, Fact::File(FileFact::Absent { path, writer }));
     }
 
     /// The writer of a path that has not settled yet. The walk reports the path first, and would

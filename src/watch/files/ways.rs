@@ -12,7 +12,7 @@ use jiff::Timestamp;
 
 use super::lower;
 use super::state;
-use crate::model::{Fact, RootfsPath, Source};
+use crate::model::{Fact, FileFact, RootfsPath, Source};
 use crate::sys::mounts::{self, Mount};
 use crate::sys::procfs::Handle;
 use crate::sys::{file, overlay};
@@ -120,7 +120,7 @@ pub(crate) fn note_mounts(
             .and_then(|reached| file::stat(&reached));
         // If its filesystem could block, it must not be accessed, and its content is unknown.
         let state = stat.map_or_else(|_| state::of_mount(), |stat| state::unopened(&stat));
-        let fact = Fact::Present { path: at, state, lower: None, writer: None };
+        let fact = Fact::File(FileFact::Present { path: at, state, lower: None, writer: None });
         shared.observe(watched, Timestamp::now(), Source::Change, fact);
     }
 }

@@ -18,7 +18,9 @@ use super::describe;
 use super::named::{Named, record_time_of};
 use super::roots::Roots;
 use crate::health::Failure;
-use crate::model::{Ancestor, ContainerId, Fact, Observation, Process, ProcessIdentity, Source};
+use crate::model::{
+    Ancestor, ContainerId, Fact, FileFact, Observation, Process, ProcessIdentity, Source,
+};
 use crate::sys::procfs::Handle;
 use crate::watch::core::message::SensorEvent;
 use crate::watch::core::shared::Core;
@@ -192,7 +194,7 @@ impl Processes {
             self.roots().of(&watched.container, &self.births(), named)
         });
         let reached_as = match &fact {
-            Fact::Present { path, .. } => {
+            Fact::File(FileFact::Present { path, .. }) => {
                 watched.ways.leading_to(path).or_else(|| self.known_as(watched, path))
             }
             _ => None,

@@ -14,7 +14,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::model::{
-    Ancestor, Entry, Fact, Interactive, Login, Opening, Process, ProcessIdentity, Source,
+    Ancestor, Entry, Fact, Interactive, Login, Opening, Process, ProcessIdentity, SessionFact,
+    Source,
 };
 use crate::sys::fanotify::Named;
 use crate::sys::procfs::{self, Handle};
@@ -99,7 +100,7 @@ pub(crate) fn opened(
         requested_by: None,
         beside: None,
     };
-    Fact::SessionOpened { opening: Arc::new(opening) }
+    Fact::Session(SessionFact::Opened { opening: Arc::new(opening) })
 }
 
 #[cfg(test)]

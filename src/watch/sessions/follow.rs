@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use super::invocations;
 use super::shared::Sessions;
 use crate::model::session::MAX_COMMANDS;
-use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, Source, printable};
+use crate::model::{Exit, Fact, Interactive, ProcessIdentity, Run, SessionFact, Source, printable};
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, pidfd};
@@ -384,12 +384,16 @@ impl Tracker {
                     self.wait_for(shared, watched, root, root, process);
                 } else {
                     // It ended before a handle could be opened.
-                    let fact = Fact::SessionProcessEnded { root, process: root, exit: None };
+                    let fact = Fact::Session(SessionFact::ProcessEnded {
+                        root,
+                        process: root,
+                        exit: None,
+                    });
                     shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
                 }
             }
             Event::RanMore { watched, root, times } => {
-                let fact = Fact::SessionRanMore { root, times };
+                let fact = Fact::Session(SessionFact::RanMore { root, times });
                 shared.observe(&watched, Timestamp::now(), Source::Trace, fact);
             }
             Event::Exited { watched, root, pid, at } => match self.running.get_mut(&pid) {
@@ -405,7 +409,8 @@ impl Tracker {
                     // There was no handle of it.
                     let process =
                         if pid == root.pid { root } else { ProcessIdentity { pid, start_time: 0 } };
-                    let fact = Fact::SessionProcessEnded { root, process, exit: None };
+                    let fact =
+                        Fact::Session(SessionFact::ProcessEnded { root, process, exit: None });
                     shared.observe(&watched, at, Source::Trace, fact);
                 }
             },
@@ -427,10 +432,10 @@ impl Tracker {
             && !std::mem::replace(is_interactive, true)
         {
             let interactive = Interactive::TerminalLater;
-            let fact = Fact::SessionInteractive { root, interactive, tty };
+            let fact = Fact::Session(SessionFact::Interactive { root, interactive, tty });
             shared.observe(&watched, at, Source::Trace, fact);
         }
-        let fact = Fact::SessionRan { root, run: Arc::new(run) };
+        let fact = Fact::Session(SessionFact::Ran { root, run: Arc::new(run) });
         shared.observe(&watched, at, Source::Trace, fact);
         match process {
             Some(process) => self.wait_for(shared, watched, root, identity, process),
@@ -473,7 +478,7 @@ impl Tracker {
             let Unheld { watched, root, identity: process, ended: Some(at), .. } = unheld else {
                 continue;
             };
-            let fact = Fact::SessionProcessEnded { root, process, exit: None };
+            let fact = Fact::Session(SessionFact::ProcessEnded { root, process, exit: None });
             shared.observe(&watched, at, Source::Trace, fact);
         }
         let pids: Vec<u32> = self.running.keys().copied().collect();
@@ -497,7 +502,7 @@ impl Tracker {
         if identity == root {
             self.interactive.remove(&root);
         }
-        let fact = Fact::SessionProcessEnded { root, process: identity, exit };
+        let fact = Fact::Session(SessionFact::ProcessEnded { root, process: identity, exit });
         shared.observe(&watched, ended.unwrap_or_else(Timestamp::now), Source::Trace, fact);
     }
 }

@@ -18,7 +18,7 @@ use super::invocations;
 use super::origin::{self, ByRuntime};
 use super::runtimes::Runtimes;
 use super::shared::Sessions;
-use crate::model::{Fact, Process, ProcessIdentity, Source};
+use crate::model::{Fact, Process, ProcessIdentity, SessionFact, Source};
 use crate::sys::door::View;
 use crate::sys::file;
 use crate::sys::procfs::{self, Handle, Stat};
@@ -463,7 +463,7 @@ impl Openings {
         let handle = opened.pidfd;
         let opening = origin::opening(shared, watched, opened.process, opened.by_runtime);
         let is_interactive = opening.interactive.is_some();
-        let fact = Fact::SessionOpened { opening: Arc::new(opening) };
+        let fact = Fact::Session(SessionFact::Opened { opening: Arc::new(opening) });
         if shared.observe(watched, at, source, fact) {
             // After the opening, so that the session's activity is not reported before it.
             shared.roots().open(&watched.container, root);

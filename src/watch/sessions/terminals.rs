@@ -16,7 +16,7 @@ use jiff::{SignedDuration, Timestamp};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 
 use super::attachments;
-use crate::model::{Fact, ProcessIdentity, Source};
+use crate::model::{Fact, ProcessIdentity, SessionFact, Source};
 use crate::sys::door::{Ground, View};
 use crate::sys::file;
 use crate::sys::procfs::{self, Descriptor, Handle};
@@ -166,11 +166,11 @@ impl Terminals {
                 && session.typed.0.elapsed() >= IDLE
             {
                 shared.roots().left_terminal(session.root);
-                let fact = Fact::SessionProcessEnded {
+                let fact = Fact::Session(SessionFact::ProcessEnded {
                     root: session.root,
                     process: session.root,
                     exit: None,
-                };
+                });
                 if shared.observe(&terminal.watched, session.typed.1, Source::Change, fact) {
                     terminal.session = None;
                 }
