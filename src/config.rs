@@ -26,6 +26,7 @@ pub struct Config {
     pub watch: Watch,
     pub history: History,
     pub respond: Respond,
+    pub policy: PolicyFiles,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -191,6 +192,43 @@ pub struct Respond {
     pub kill_on: BTreeSet<Kind>,
 }
 
+/// The rules that decide what happens to findings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PolicyFiles {
+    /// The directory of the policy files, `*.toml`. It need not exist.
+    pub dir: PathBuf,
+    /// Whether the answers of rules are carried out.
+    pub enforce: Enforce,
+}
+
+/// Whether the answers of rules are carried out. `respond.kill_on` does not depend on it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Enforce {
+    Off,
+    /// They are recorded with the finding, and not carried out.
+    #[default]
+    DryRun,
+    On,
+}
+
+impl Enforce {
+    pub fn name(self) -> &'static str {
+        match self {
+            Enforce::Off => "off",
+            Enforce::DryRun => "dry-run",
+            Enforce::On => "on",
+        }
+    }
+}
+
+impl Default for PolicyFiles {
+    fn default() -> PolicyFiles {
+        PolicyFiles { dir: "/etc/driftd/policy.d".into(), enforce: Enforce::DryRun }
+    }
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -204,6 +242,7 @@ impl Default for Config {
                 max_bytes: 1 << 30,
             },
             respond: Respond::default(),
+            policy: PolicyFiles::default(),
         }
     }
 }
@@ -395,9 +434,13 @@ impl Config {
         if config.containerd.sockets.is_empty() {
             return Err("containerd.sockets is empty: name at least one socket".into());
         }
-        for (name, path) in [("state_dir", &config.state_dir), ("socket", &config.socket)]
-            .into_iter()
-            .chain(config.containerd.sockets.iter().map(|socket| ("containerd.sockets", socket)))
+        for (name, path) in [
+            ("state_dir", &config.state_dir),
+            ("socket", &config.socket),
+            ("policy.dir", &config.policy.dir),
+        ]
+        .into_iter()
+        .chain(config.containerd.sockets.iter().map(|socket| ("containerd.sockets", socket)))
         {
             if !path.is_absolute() {
                 return Err(format!("{name} = {path:?} is not an absolute path"));
@@ -434,8 +477,14 @@ impl Config {
 }
 
 /// Settings that take effect while driftd runs. All others are read at its start.
-const LIVE: [&str; 4] =
-    ["history.max_bytes", "history.retention", "respond.kill_on", "watch.probe_patience"];
+const LIVE: [&str; 6] = [
+    "history.max_bytes",
+    "history.retention",
+    "policy.dir",
+    "policy.enforce",
+    "respond.kill_on",
+    "watch.probe_patience",
+];
 
 /// The result of reading the settings again.
 #[derive(Debug, Clone, PartialEq)]
@@ -454,6 +503,7 @@ impl Config {
         let mut config = self.clone();
         config.history = new.history.clone();
         config.respond = new.respond.clone();
+        config.policy = new.policy.clone();
         config.watch.probe_patience = new.watch.probe_patience;
         let changed = changed_between(self, new);
         let (applied, at_restart) =
@@ -686,13 +736,11 @@ mod tests {
         let new = Config::parse(
             "socket = \"/run/other.sock\"\n[watch]\nsettle = \"2s\"\nprobe_patience = \"5s\"\n\
              [history]\nmax_bytes = 2000000\nretention = \"1d\"\n\
+             [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\n\
              [respond]\nkill_on = [\"exec.new\"]",
         )
         .unwrap();
         let reloaded = old.reloaded(&new);
-        let applied =
-            ["history.max_bytes", "history.retention", "respond.kill_on", "watch.probe_patience"];
-        assert_eq!(reloaded.applied, applied);
         assert_eq!(reloaded.applied, LIVE, "every setting that can change was changed");
         assert_eq!(reloaded.at_restart, ["socket", "watch.settle"]);
         // The next reload does not report again what was applied, but it does report the rest.
@@ -701,6 +749,7 @@ mod tests {
         assert_eq!(again.at_restart, reloaded.at_restart);
         assert_eq!(again.config.socket, old.socket);
         assert_eq!(again.config.respond, new.respond);
+        assert_eq!(again.config.policy, new.policy);
     }
 
     #[test]

@@ -41,9 +41,11 @@ use crate::watch::{self, Scope, SensorCommand, SensorEvent, Watch};
 use crate::{api, respond};
 
 mod reload;
+mod rules;
 mod stop;
 
-use reload::{Reloading, hangups, keep_of, reload_at_hangups};
+use reload::{Reloading, hangups, keep_of, reload};
+use rules::Rules;
 use stop::{ApiTask, Followers, PIPELINE, Running};
 
 /// The daemon, in the foreground, until it is asked to stop. `reread` reads the settings
@@ -69,7 +71,9 @@ pub fn run(
     let history = History::open(&config.state_dir)?;
     let reader = history.reader();
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let (state, gap) = restore(config, &node, &health, &history)?;
+    let rules = Rules::new(&config.policy.dir);
+    let (policy_reloads, policy_reload_requests) = mpsc::channel(8);
+    let (state, gap) = restore(config, &rules, &node, &health, &history)?;
     let baselines = config.state_dir.join("baselines");
     let _claim = Store::claim(&baselines)?;
     let store = Arc::new(Store::open(&baselines, health.clone())?);
@@ -145,7 +149,10 @@ pub fn run(
             baselines: store,
             recorder: recorder.clone(),
             images: Arc::new(containerd.clone()),
+            policy_reloads,
         },
+        rules,
+        policy_reloads: policy_reload_requests,
         containerd: containerd.clone(),
         response_requests,
         response_sender,
@@ -236,6 +243,7 @@ impl Guarded {
 /// The pipeline's state with what the history holds, and the gap since driftd last ran.
 fn restore(
     config: &Config,
+    rules: &Rules,
     node: &str,
     health: &Arc<Health>,
     history: &History,
@@ -244,7 +252,9 @@ fn restore(
     // Only those about no container: a container's findings are read when it appears.
     let findings = reader.findings_of_container(None).context("cannot read the history")?;
     let now = Timestamp::now();
-    let mut state = State::new(node.to_owned(), Policy::of(config), health.clone(), findings, now);
+    let refused = rules.refused.as_ref().map(ToString::to_string);
+    let policy = Policy { refused, ..Policy::of(config, rules.loaded.as_ref()) };
+    let mut state = State::new(node.to_owned(), policy, health.clone(), findings, now);
     let gap = history.last_beat().map(|beat| state.was_not_running(beat, now));
     let sessions = open_sessions(&reader).context("cannot read the history")?;
     let probes = reader.probes(None).context("cannot read the history")?;
@@ -344,6 +354,8 @@ fn command_for(urgent: Urgent) -> SensorCommand {
 /// What the async tasks need.
 struct Serving {
     backend: api::Backend,
+    rules: Rules,
+    policy_reloads: mpsc::Receiver<api::PolicyReload>,
     containerd: Containerd,
     response_requests: mpsc::Receiver<ResponseRequest>,
     response_sender: Sender<Response>,
@@ -367,6 +379,8 @@ async fn serve(
 ) -> anyhow::Result<(anyhow::Result<()>, Followers)> {
     let Serving {
         backend,
+        rules,
+        policy_reloads,
         containerd,
         response_requests,
         response_sender,
@@ -379,8 +393,9 @@ async fn serve(
     } = serving;
     tokio::spawn(respond::run(containerd, response_requests, response_sender));
     let listener = api::Listener::bind(&config.socket)?;
-    let reloading = Reloading { config: config.clone(), keep, requests: backend.requests.clone() };
-    tokio::spawn(reload_at_hangups(hangups()?, reread, reloading));
+    let requests = backend.requests.clone();
+    let reloading = Reloading { config: config.clone(), rules, keep, requests, policy_reloads };
+    tokio::spawn(reload(hangups()?, reread, reloading));
     let log = journal::follow(backend.history.clone(), backend.committed.clone(), logged, since);
     let log = tokio::spawn(log);
     tokio::spawn(feed_watchdog(pulse));

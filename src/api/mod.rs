@@ -24,4 +24,4 @@ mod service;
 
 pub use baselines::RecordImage;
 pub use server::{Error, Listener, Transport, serve, without_daemon};
-pub use service::Backend;
+pub use service::{Backend, PolicyReload};

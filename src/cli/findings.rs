@@ -71,6 +71,9 @@ pub(super) struct Filter {
     /// Only those that hold this text anywhere, in any case (if repeated: all of them)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     text: Vec<String>,
+    /// Only what exceptions accept, which is left out otherwise
+    #[arg(long)]
+    accepted: bool,
 }
 
 /// The kinds that one name or pattern stands for.
@@ -127,6 +130,7 @@ impl Filter {
             pod_namespaces: self.pod_namespace.clone(),
             labels: self.label.clone(),
             texts: self.text.clone(),
+            accepted: self.accepted,
         })
     }
 }

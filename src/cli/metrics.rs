@@ -102,6 +102,7 @@ fn metrics(
     let started_at = convert::time_from_proto("started_at", status.started_at)?;
     let queue = status.baseline_queue.unwrap_or_default();
     let gate = status.gate.clone().unwrap_or_default();
+    let policy = status.policy.clone().unwrap_or_default();
     let verified = status.baselines_verified;
     let by_label = |name, values: &[(&str, u32)]| {
         let labelled = |(value, count): &(&str, u32)| (label(name, value), f64::from(*count));
@@ -243,8 +244,28 @@ fn metrics(
             "How long a thread has been busy with one item without any progress",
             by_thread(status, |thread| Some(seconds(thread.still_milliseconds))),
         ),
+        (
+            "policy_rules",
+            "Rules in force, that of respond.kill_on included",
+            gauge(policy.rules.into()),
+        ),
+        (
+            "policy_refused",
+            "Whether the policy files as they are now were refused: older rules are in force",
+            gauge(u32::from(policy.refused.is_some()).into()),
+        ),
+        (
+            "policy_info",
+            "The version and the hash of the policy files in force",
+            Samples::Gauge(vec![(policy_labels(&policy), 1.0)]),
+        ),
         ("losses", "Times that driftd saw or kept less than it should", losses(&status.losses)),
     ])
+}
+
+fn policy_labels(policy: &proto::PolicyStatus) -> Labels {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    vec![("version", text(&policy.version)), ("digest", text(&policy.digest))]
 }
 
 /// Converts the text format of OpenMetrics to that of Prometheus, which the collector reads.

@@ -28,6 +28,7 @@ mod members;
 mod metrics;
 mod output;
 mod pages;
+mod policy;
 mod probes;
 mod replay;
 mod respond;
@@ -95,6 +96,9 @@ enum Command {
     Members(members::Members),
     /// List the commands that run in containers again and again, and whether each is reported
     Probes(probes::Probes),
+    /// Check, list and explain the rules that decide what happens to findings
+    #[command(subcommand)]
+    Policy(policy::Policy),
     /// Respond to drift: kill, pause or resume a container
     #[command(subcommand)]
     Respond(respond::Respond),
@@ -144,6 +148,7 @@ impl Command {
             Command::Findings(findings) => !findings.is_following(),
             Command::Sessions(sessions) => !sessions.is_following(),
             Command::Probes(probes) => !probes.is_change(),
+            Command::Policy(policy) => policy.reads_history(),
             Command::Timeline(_) | Command::Show(_) | Command::Members(_) | Command::Summary(_) => {
                 true
             }
@@ -197,6 +202,7 @@ impl Cli {
             Command::Show(show) => show.run(reader),
             Command::Members(members) => members.run(reader),
             Command::Probes(probes) => probes.run(reader),
+            Command::Policy(policy) => policy.run(reader),
             Command::Respond(respond) => respond.run(server),
             Command::Replay(replay) => replay.run(),
             Command::Completions { shell } => completions(shell),

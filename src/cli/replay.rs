@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::exit::Exit;
 use super::output;
-use crate::model::printable;
+use crate::model::{Disposition, printable};
 use crate::replay::{Happened, Script, play};
 
 #[derive(Debug, clap::Args)]
@@ -75,11 +75,15 @@ fn line(at: Timestamp, happened: &Happened) -> String {
             let file = finding.file.as_ref().map(|file| format!(" {}", file.path));
             writeln!(
                 line,
-                "finding  {} {} {container}{} (seen {} times)",
+                "finding  {} {} {container}{} (seen {} times{})",
                 finding.severity,
                 finding.kind,
                 file.unwrap_or_default(),
-                finding.count
+                finding.count,
+                match (&finding.verdict.disposition, &finding.verdict.rule) {
+                    (Disposition::Accept, Some(rule)) => format!(", accepted by {rule}"),
+                    _ => String::new(),
+                }
             )
         }
         Happened::Response(response) => {

@@ -13,7 +13,8 @@ use serde::Serialize;
 use super::client::{Client, call};
 use super::exit::Exit;
 use super::gap::{GapJson, gap_json};
-use super::output::{Output, age, one, safe};
+use super::output::{Output, age, one, safe, time};
+use super::policy::{self, PolicyJson, policy_json};
 use crate::api::{convert, proto};
 use crate::config;
 use crate::health::{Loss, Missing};
@@ -58,6 +59,8 @@ struct StatusJson {
     threads: Vec<ThreadJson>,
     /// The times in which the view was incomplete: the open ones, then the newest.
     gaps: Vec<GapJson>,
+    /// Null if the daemon is older than its rules.
+    policy: Option<PolicyJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
 }
@@ -167,6 +170,7 @@ fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<StatusJson> {
             stuck: thread.stuck,
         }),
         gaps: status.gaps.iter().map(gap_json).collect::<anyhow::Result<_>>()?,
+        policy: status.policy.map(policy_json).transpose()?,
         missing: map(status.missing, |proto::Missing { name, since, meaning }| Missing {
             name,
             since,
@@ -235,6 +239,9 @@ fn add_counts(lines: &mut Lines, status: &StatusJson) {
     if let Some(queue) = queue(&status.baseline_queue) {
         lines.add("Queue", &queue);
     }
+    if let Some(policy) = &status.policy {
+        add_policy(lines, policy);
+    }
     lines.add("Findings", &format!("{} kept (driftd findings)", status.findings));
     lines.add(
         "Seen",
@@ -254,6 +261,21 @@ fn add_counts(lines: &mut Lines, status: &StatusJson) {
 }
 
 /// What is delayed, was lost or was never seen, and what the kernel lacks.
+fn add_policy(lines: &mut Lines, policy: &PolicyJson) {
+    lines.add("Policy", &policy::summary(policy));
+    if let Some(refused) = &policy.refused {
+        lines.add("", "REFUSED: the policy files as they are now. The rules before stay:");
+        for fault in refused.lines() {
+            lines.add("", &format!("- {}", safe(fault)));
+        }
+    }
+    for end in &policy.ends {
+        let (id, at) = (safe(&end.id), time(end.expires));
+        let state = if end.expired { "HAS ENDED" } else { "ends soon" };
+        lines.add("", &format!("the rule {id} {state}: {at}"));
+    }
+}
+
 fn add_missing(lines: &mut Lines, status: &StatusJson) {
     for backlog in delayed(&status.backlogs) {
         lines.add("Delayed", &backlog);
@@ -405,6 +427,26 @@ mod tests {
                 instead: Some("this kernel is Linux 5.10".into()),
                 ignored: 0,
                 copy_ups: 0,
+            }),
+            policy: Some(PolicyJson {
+                generation: 4,
+                version: Some("2026.11".into()),
+                digest: Some(format!("blake3:{}", "5".repeat(64))),
+                enforce: "dry-run".into(),
+                rules: 12,
+                refused: Some("/etc/driftd/policy.d/a.toml:3:1: no\u{1b}".into()),
+                ends: vec![
+                    policy::RuleEndJson {
+                        id: "app-plugins".into(),
+                        expires: Timestamp::from_second(9000).unwrap(),
+                        expired: false,
+                    },
+                    policy::RuleEndJson {
+                        id: "old".into(),
+                        expires: Timestamp::from_second(900).unwrap(),
+                        expired: true,
+                    },
+                ],
             }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,

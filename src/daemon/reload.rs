@@ -1,4 +1,5 @@
-//! Reads the settings again at SIGHUP, and applies those that can change while driftd runs.
+//! Reads the settings again at SIGHUP, and the policy files then, when they change, and when a
+//! client asks for it. Applies what can change while driftd runs.
 //!
 //! Sends the new policy to the pipeline and the new limits to the history. Settings that need a
 //! restart are only named in the log.
@@ -9,11 +10,14 @@ use anyhow::Context as _;
 use crossbeam_channel::{Sender, TrySendError};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
+use super::rules::{Changes, Rules};
+use crate::api::PolicyReload;
 use crate::config::{self, Config};
 use crate::history::Keep;
 use crate::pipeline::ApiRequest;
-use crate::policy::Policy;
+use crate::policy::{Policy, Refused};
 use crate::sys::process;
 
 /// SIGHUP, from `systemctl reload` or from a terminal that is closed. Both cause a reload.
@@ -23,63 +27,132 @@ pub(super) fn hangups() -> anyhow::Result<Signal> {
     Ok(hangups)
 }
 
-/// The settings in force, and the receivers of those that may change.
+/// The settings and the rules in force, and the receivers of those that may change.
 pub(super) struct Reloading {
     pub(super) config: Config,
+    pub(super) rules: Rules,
     pub(super) keep: Box<dyn Fn(Keep) + Send>,
     pub(super) requests: Sender<ApiRequest>,
+    /// Clients that ask for the policy files to be read.
+    pub(super) policy_reloads: mpsc::Receiver<PolicyReload>,
 }
 
-/// Reads the settings again at each SIGHUP. A file with an error changes nothing.
-pub(super) async fn reload_at_hangups(
+/// Reads what has changed until the daemon ends. A file with an error changes nothing.
+pub(super) async fn reload(
     mut hangups: Signal,
     reread: impl Fn() -> anyhow::Result<Config>,
     mut now: Reloading,
 ) {
-    while hangups.recv().await.is_some() {
-        let _ = sd_notify::notify(&[NotifyState::Reloading]);
-        let status = match reread() {
-            Err(err) => {
-                tracing::error!("the settings were not read again, the old ones stay: {err:#}");
-                "the last reload failed: the old settings stay (see the log)".to_owned()
+    let mut changes = Changes::of(&now.config.policy.dir);
+    loop {
+        tokio::select! {
+            signal = hangups.recv() => {
+                if signal.is_none() {
+                    return;
+                }
+                let _ = sd_notify::notify(&[NotifyState::Reloading]);
+                let status = match reread() {
+                    Err(err) => {
+                        tracing::error!("the settings were not read again, the old ones stay: {err:#}");
+                        "the last reload failed: the old settings stay (see the log)".to_owned()
+                    }
+                    Ok(new) => now.apply(&new).await,
+                };
+                let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
             }
-            Ok(new) => apply(&mut now, &new).await,
-        };
-        let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+            () = changes.next() => {
+                let _ = now.read_rules().await;
+            }
+            client = now.policy_reloads.recv() => {
+                let Some(client) = client else { return };
+                let read = now.read_rules().await;
+                let _ = client.send(read);
+                continue;
+            }
+        }
+        // The directory may be another one, or have come.
+        changes = Changes::of(&now.config.policy.dir);
     }
 }
 
-/// Applies what can be applied. Returns the text for systemd's status.
-async fn apply(now: &mut Reloading, new: &Config) -> String {
-    let config::Reloaded { config, applied, at_restart } = now.config.reloaded(new);
-    // Made of what is in force now, because only a part of the new file is.
-    let mut policy = Some(Box::new(Policy::of(&config)));
-    // The pipeline may be waiting for a disk; a worker of the runtime must not.
-    while let Some(changed) = policy.take() {
-        match now.requests.try_send(ApiRequest::SetPolicy(changed)) {
-            Ok(()) => (),
-            Err(TrySendError::Full(ApiRequest::SetPolicy(changed))) => {
-                policy = Some(changed);
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            Err(_) => return "driftd is stopping".to_owned(),
+impl Reloading {
+    /// Reads the policy files, and puts their rules in force.
+    async fn read_rules(&mut self) -> Result<(), Refused> {
+        let directory = self.config.policy.dir.clone();
+        let mut rules = std::mem::take(&mut self.rules);
+        // The files may lie on a slow disk; a worker of the runtime must not wait for it.
+        let read = tokio::task::spawn_blocking(move || {
+            let is_new = rules.read_again(&directory);
+            (rules, is_new)
+        });
+        let Ok((rules, is_new)) = read.await else { return Ok(()) };
+        self.rules = rules;
+        if is_new {
+            self.send_policy().await;
+            let loaded = self.rules.loaded.as_ref();
+            tracing::info!(
+                rules = loaded.map_or(0, |loaded| loaded.rules.rules().len()),
+                version = loaded.and_then(|loaded| loaded.version.as_deref()).unwrap_or_default(),
+                digest = loaded.and_then(|loaded| loaded.digest.as_deref()).unwrap_or_default(),
+                "the policy files were read again"
+            );
         }
+        let Some(refused) = self.rules.refused.clone() else { return Ok(()) };
+        self.send(ApiRequest::PolicyRefused(refused.to_string())).await;
+        Err(refused)
     }
-    (now.keep)(keep_of(&config));
-    now.config = config;
-    let names = |names: &[String]| match names {
-        [] => "nothing".to_owned(),
-        names => names.join(", "),
-    };
-    let mut status = format!("the settings were read again; changed: {}", names(&applied));
-    if at_restart.is_empty() {
-        tracing::info!("{status}");
-    } else {
-        status +=
-            &format!("; changed in the file, in force after a restart: {}", names(&at_restart));
-        tracing::warn!("{status}");
+
+    /// Applies what can be applied. Returns the text for systemd's status.
+    async fn apply(&mut self, new: &Config) -> String {
+        let config::Reloaded { config, applied, at_restart } = self.config.reloaded(new);
+        // Made of what is in force now, because only a part of the new file is.
+        self.config = config;
+        let refused = self.read_rules().await.is_err();
+        if !self.send_policy().await {
+            return "driftd is stopping".to_owned();
+        }
+        (self.keep)(keep_of(&self.config));
+        let names = |names: &[String]| match names {
+            [] => "nothing".to_owned(),
+            names => names.join(", "),
+        };
+        let mut status = format!("the settings were read again; changed: {}", names(&applied));
+        if refused {
+            status += "; the policy files are refused, the rules before stay (driftd status)";
+        }
+        if at_restart.is_empty() {
+            tracing::info!("{status}");
+        } else {
+            status +=
+                &format!("; changed in the file, in force after a restart: {}", names(&at_restart));
+            tracing::warn!("{status}");
+        }
+        status
     }
-    status
+
+    /// False if driftd is stopping.
+    async fn send_policy(&mut self) -> bool {
+        let policy = Policy::of(&self.config, self.rules.loaded.as_ref());
+        let refused = self.rules.refused.as_ref().map(Refused::to_string);
+        let policy = Box::new(Policy { refused, ..policy });
+        self.send(ApiRequest::SetPolicy(policy)).await
+    }
+
+    /// The pipeline may be waiting for a disk; a worker of the runtime must not.
+    async fn send(&mut self, request: ApiRequest) -> bool {
+        let mut waiting = Some(request);
+        while let Some(request) = waiting.take() {
+            match self.requests.try_send(request) {
+                Ok(()) => (),
+                Err(TrySendError::Full(request)) => {
+                    waiting = Some(request);
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(TrySendError::Disconnected(_)) => return false,
+            }
+        }
+        true
+    }
 }
 
 pub(super) fn keep_of(config: &Config) -> Keep {

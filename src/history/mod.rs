@@ -30,7 +30,7 @@ pub use json::FindingText;
 pub use open::History;
 pub use reader::{
     AlsoIn, BadPageToken, CommandToken, CommandsPage, Content, Filter, FindingLookup, FindingsPage,
-    Followed, Happened, Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader,
+    Followed, Happened, Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, Reader, RuleHits,
     SessionFilter, SessionLookup, SessionsPage, Stored, TimelineEntry, TimelinePage, TimelineToken,
 };
 pub use record::{MemberChange, Record};

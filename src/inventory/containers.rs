@@ -83,7 +83,7 @@ impl Inventory {
     pub fn remember(&mut self, findings: Vec<Finding>) {
         for finding in findings {
             if finding.files.is_some() {
-                self.remembered.aspects.insert(finding.id, Aspect::of(finding.kind));
+                self.remembered.aspects.insert(finding.id, Aspect::of_finding(&finding));
             }
             match finding.container_id().cloned() {
                 Some(container) => {

@@ -13,8 +13,8 @@ use super::writers::Writers;
 use crate::baseline::ImageBaseline;
 use crate::budget::Waiting;
 use crate::model::{
-    ChainId, Container, FileTime, Finding, FindingId, Incarnation, Kind, LayerId, Outcome,
-    ProcessIdentity, RootfsPath,
+    ChainId, Container, Disposition, FileTime, Finding, FindingId, Incarnation, Kind, LayerId,
+    Outcome, ProcessIdentity, RootfsPath,
 };
 
 /// Runs of one container that have ended and are remembered as such.
@@ -50,7 +50,9 @@ pub struct CurrentRun {
     pub pid: Option<u32>,
     /// The same with its start time, once that is known.
     pub init: Option<ProcessIdentity>,
-    /// The kill that the settings request for this run.
+    /// When it began, if driftd saw that.
+    pub began_at: Option<Timestamp>,
+    /// The kill that a rule requests for this run.
     pub kill: Option<Kill>,
     /// The init processes of runs that have ended, the newest last.
     ended: VecDeque<u32>,
@@ -88,6 +90,8 @@ pub struct Kill {
     pub incarnation: Incarnation,
     pub kind: Kind,
     pub finding: FindingId,
+    /// The rule that asks for it.
+    pub rule: String,
     /// The request that is being carried out.
     pub ticket: Option<u64>,
     /// How often it has failed.
@@ -177,6 +181,7 @@ impl Entry {
             former.ended.retain(|ended| *ended != pid);
         }
         self.run.pid = Some(pid);
+        self.run.began_at = None;
     }
 
     /// The run is over, and with it the kill that was requested for it. Returns the pid of
@@ -274,9 +279,10 @@ impl Entry {
         {
             // The first of what may be many.
             let reported = Reported::of_file(finding.kind, file);
-            self.members.put(Aspect::of(finding.kind), &file.path, finding.id, reported);
+            self.members.put(Aspect::of_finding(&finding), &file.path, finding.id, reported);
         }
         if finding.kind == Kind::FileAdded
+            && finding.verdict.disposition != Disposition::Accept
             && finding.files.is_none()
             && let (Some(file), Some(writer)) = (&finding.file, &finding.process)
             && let Some(content) = file.blake3

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use crate::budget::{self, Account, Pool};
 use crate::model::finding::Subject;
-use crate::model::{Blake3Hash, FileEvidence, Finding, FindingId, Kind, Process, RootfsPath};
+use crate::model::{
+    Blake3Hash, Disposition, FileEvidence, Finding, FindingId, Kind, Process, RootfsPath,
+};
 
 #[derive(Debug, Default)]
 pub struct Findings {
@@ -16,6 +18,8 @@ pub struct Findings {
     single: HashMap<(Kind, Option<RootfsPath>), usize>,
     /// How many findings are about several files, by kind.
     aggregated: HashMap<Kind, usize>,
+    /// How many are accepted by exceptions.
+    accepted: usize,
     account: Account,
 }
 
@@ -40,8 +44,9 @@ impl Findings {
         self.by_id.values()
     }
 
-    pub fn len(&self) -> usize {
-        self.by_id.len()
+    /// How many are reported.
+    pub fn reported(&self) -> usize {
+        self.by_id.len() - self.accepted
     }
 
     /// Forgets findings, and not the room that they take.
@@ -51,7 +56,10 @@ impl Findings {
     }
 
     pub(super) fn insert(&mut self, finding: Finding) {
-        if let Some(file) = &finding.file {
+        let is_accepted = finding.verdict.disposition == Disposition::Accept;
+        // What is accepted stands apart: it explains nothing that is reported, and hides
+        // nothing.
+        if let Some(file) = finding.file.as_ref().filter(|_| !is_accepted) {
             if finding.files.is_some() {
                 *self.aggregated.entry(finding.kind).or_default() += 1;
             } else {
@@ -67,6 +75,7 @@ impl Findings {
         }
         let (kind, severity, bytes) = (finding.kind, finding.severity, budget::weight(&finding));
         if self.by_id.insert(finding.id, finding).is_none() {
+            self.accepted += usize::from(is_accepted);
             self.account.keep(kind, severity, bytes);
         }
     }

@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
 use crate::budget::Share;
-use crate::model::{Blake3Hash, FileEvidence, FindingId, Kind, Member, RootfsPath};
+use crate::model::{
+    Blake3Hash, Disposition, FileEvidence, Finding, FindingId, Kind, Member, RootfsPath,
+};
 
 /// The finding that counts each file which has no finding of its own. Exactly one finding
 /// counts a file: the newest one that it was put into.
@@ -26,9 +28,24 @@ pub struct Members {
 pub enum Aspect {
     Written,
     Counted(Kind),
+    /// Accepted by an exception.
+    Accepted(Kind),
 }
 
 impl Aspect {
+    /// All in which files are accepted.
+    pub fn accepted() -> impl Iterator<Item = Aspect> {
+        Kind::ALL.iter().copied().map(Aspect::Accepted)
+    }
+
+    /// What the files of this aggregated finding have in common.
+    pub fn of_finding(finding: &Finding) -> Aspect {
+        // A transaction is accepted as a whole.
+        let is_accepted = finding.verdict.disposition == Disposition::Accept
+            && finding.kind != Kind::PackageTransaction;
+        if is_accepted { Aspect::Accepted(finding.kind) } else { Aspect::of(finding.kind) }
+    }
+
     /// What the files of an aggregated finding of this kind have in common.
     pub fn of(kind: Kind) -> Aspect {
         match kind {

@@ -310,6 +310,9 @@ pub struct Finding {
     pub node: String,
     /// The container manager: `containerd`.
     pub runtime: String,
+    /// The runtime of the container, such as `io.containerd.runc.v2`; null if unknown.
+    #[serde(default)]
+    pub container_runtime: Option<String>,
     /// Null for a finding about a layer on disk that no watched container uses.
     pub container: Option<ContainerEvidence>,
     /// The container run in which it was seen last.
@@ -321,6 +324,16 @@ pub struct Finding {
     /// The file as the image has it.
     pub expected: Option<Expected>,
     pub process: Option<Process>,
+    /// The process that wrote the file that is used; null if it is not known, or is `process`.
+    #[serde(default)]
+    pub writer: Option<Process>,
+    /// Which of the processes above, and of their ancestors, run an unchanged program of the
+    /// image; null if that was not determined.
+    #[serde(default)]
+    pub from_image: Option<Vec<ProcessIdentity>>,
+    /// How long after the start of the container's run it was first seen; null if unknown.
+    #[serde(default)]
+    pub after_start_milliseconds: Option<u64>,
     /// The name under which the file was executed, if that differs (a symlink).
     pub invoked_as: Option<String>,
     /// The session in which it happened.
@@ -412,15 +425,19 @@ pub struct Expected {
 #[serde(rename_all = "snake_case")]
 pub enum Disposition {
     Report,
+    /// An exception expects it: it is kept, and left out of listings, streams and responses.
+    Accept,
     Kill,
 }
 
 impl Disposition {
-    pub const ALL: &'static [Disposition] = &[Disposition::Report, Disposition::Kill];
+    pub const ALL: &'static [Disposition] =
+        &[Disposition::Report, Disposition::Accept, Disposition::Kill];
 
     pub fn name(self) -> &'static str {
         match self {
             Disposition::Report => "report",
+            Disposition::Accept => "accept",
             Disposition::Kill => "kill",
         }
     }
@@ -431,10 +448,20 @@ pub struct Verdict {
     pub disposition: Disposition,
     /// The response that the policy requests: `kill`; null if it only reports.
     pub action: Option<String>,
-    /// Which setting decided; null for the default.
+    /// The rule that decided: an exception, the one whose response is requested, or the one
+    /// that has changed the severity. Null for the default.
     pub rule: Option<String>,
     /// How many times the policy has been replaced since the daemon started.
     pub policy_generation: u64,
+    /// All rules that match. The exception that decided is named in `rule` alone.
+    #[serde(default)]
+    pub rules: Vec<String>,
+    /// The response is not carried out, because `policy.enforce` is `dry-run`.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// The severity that the kind has here without a rule; null if no rule has changed it.
+    #[serde(default)]
+    pub unchanged_severity: Option<Severity>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

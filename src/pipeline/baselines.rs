@@ -16,7 +16,8 @@ use crate::detect;
 use crate::health::Failure;
 use crate::inventory::BaselineState;
 use crate::model::finding::Subject;
-use crate::model::{ChainId, ContainerId, FileTime, FindingId, ImageReference, Kind};
+use crate::model::{ChainId, ContainerId, Disposition, FileTime, FindingId, ImageReference, Kind};
+use crate::policy::Decision;
 
 /// The source of findings about a missing baseline.
 const BASELINE: &str = "baseline";
@@ -194,9 +195,16 @@ impl State {
         if entry.findings.contains(&finding) {
             return;
         }
-        let mut missing = new_finding(&self.node, &self.policy, finding, kind, BASELINE, now);
+        let report = self.policy.report();
+        let mut missing = new_finding(&self.node, report, finding, kind, BASELINE, now);
         set_container(&mut missing, id, entry);
         missing.detail = Some(reason);
+        let Decision { verdict, severity } = self.decide_finding(&missing, now);
+        (missing.verdict, missing.severity) = (verdict, severity);
+        if missing.verdict.disposition == Disposition::Accept {
+            return self.accept_finding(id, missing, now, effects);
+        }
+        let Some(entry) = self.inventory.get_mut(id) else { return };
         if !entry.findings.has_room_for(&missing) {
             self.fold_finding(id, None, &missing, now, effects);
             return;

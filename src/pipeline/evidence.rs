@@ -8,7 +8,7 @@ use crate::detect::Judgement;
 use crate::model::finding::{Subject, octal};
 use crate::model::{
     Blake3Hash, Content, Expected, FileEvidence, FileState, Filesystem, IdMap, LowerTwin,
-    Observation, Process, RootfsPath, capability_in_words,
+    Observation, Process, RootfsPath, Verdict, capability_in_words,
 };
 
 /// One judgement of an observation, which becomes a finding or a part of one.
@@ -17,6 +17,8 @@ pub(super) struct Emission<'a> {
     pub(super) observation: &'a Observation,
     pub(super) judgement: &'a Judgement,
     pub(super) evidence: &'a Evidence<'a>,
+    /// What the policy decides about it.
+    pub(super) verdict: &'a Verdict,
     pub(super) now: Timestamp,
 }
 

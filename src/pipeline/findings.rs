@@ -10,14 +10,14 @@ use super::messages::Effect;
 use super::responses::Cause;
 use super::state::State;
 use crate::budget;
-use crate::detect::Assessment;
+use crate::detect::{Assessment, Judgement};
 use crate::inventory::{Aspect, Entry, Reported};
 use crate::model::finding::{ContainerEvidence, SCHEMA};
 use crate::model::{
-    Blake3Hash, ContainerId, FileState, Finding, FindingId, ImageReference, Kind, Observation,
-    ProcessIdentity, RootfsPath, Source,
+    Blake3Hash, ContainerId, Disposition, FileState, Finding, FindingId, ImageReference, Kind,
+    Observation, ProcessIdentity, RootfsPath, Source, Verdict,
 };
-use crate::policy::Policy;
+use crate::policy::Decision;
 
 /// The detail of a finding about code that could be written to while it was run.
 const COULD_CHANGE: &str = "its content could change between its execution and the moment it was \
@@ -34,8 +34,14 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         for judgement in &assessment.judgements {
-            let emission = Emission { observation, judgement, evidence, now };
-            if !self.emit_aggregated(&emission, effects) {
+            let verdict = self.policy.report();
+            let emission = Emission { observation, judgement, evidence, verdict: &verdict, now };
+            let Decision { verdict, severity } = self.decide_emission(&emission);
+            let judgement = &Judgement { severity, ..judgement.clone() };
+            let emission = Emission { judgement, verdict: &verdict, ..emission };
+            if verdict.disposition == Disposition::Accept {
+                self.accept(&emission, effects);
+            } else if !self.emit_aggregated(&emission, effects) {
                 self.emit_single(&emission, effects);
             }
         }
@@ -43,7 +49,7 @@ impl State {
 
     /// Emits a judgement as a finding of its own.
     fn emit_single(&mut self, emission: &Emission<'_>, effects: &mut Vec<Effect>) {
-        let Emission { observation, judgement, evidence, now } = *emission;
+        let Emission { observation, judgement, evidence, verdict, now } = *emission;
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let content = evidence.content();
@@ -73,6 +79,11 @@ impl State {
                 return;
             }
             finding.run = Some(run);
+            if finding.verdict != *verdict {
+                // Other rules are in force.
+                finding.verdict = verdict.clone();
+                finding.severity = judgement.severity;
+            }
             finding.count += observation.times();
             finding.revision += 1;
             finding.last_seen = finding.last_seen.max(observation.at);
@@ -94,12 +105,13 @@ impl State {
 
     /// A finding that has not been reported yet.
     pub(super) fn make_finding(&self, id: FindingId, emission: &Emission<'_>) -> Finding {
-        let Emission { observation, judgement, evidence, .. } = *emission;
+        let Emission { observation, judgement, evidence, verdict, .. } = *emission;
         let (source, at) = (observation.source.name(), observation.at);
-        let mut finding = new_finding(&self.node, &self.policy, id, judgement.kind, source, at);
+        let mut finding = new_finding(&self.node, verdict.clone(), id, judgement.kind, source, at);
         finding.severity = judgement.severity;
         finding.count = observation.times();
         finding.process = evidence.process.map(budget::process);
+        finding.writer = evidence.writer.map(budget::process);
         finding.invoked_as = evidence.invoked_as.map(ToOwned::to_owned);
         let entry = self.inventory.get(&observation.container);
         finding.detail = detail(emission, entry);
@@ -120,6 +132,8 @@ impl State {
             let removed = evidence.path.zip(judgement.expected.as_ref());
             finding.file = removed.map(|(path, known)| removed_evidence(path, known));
         }
+        let processes = finding.process.iter().chain(&finding.writer);
+        finding.from_image = State::from_image(entry, processes);
         finding.session = self.session_of(observation, evidence.process);
         link_to_writer(&mut finding, entry, observation, evidence);
         finding
@@ -138,7 +152,8 @@ impl State {
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(finding) = entry.findings.get(&id) else { return };
         effects.push(Effect::finding(finding));
-        let cause = Cause { container, init, kind: finding.kind, finding: id };
+        let (kind, verdict) = (finding.kind, &finding.verdict.clone());
+        let cause = Cause { container, init, kind, verdict, finding: id };
         self.respond(&cause, now, effects);
     }
 
@@ -236,7 +251,7 @@ fn link_to_writer(
 /// A finding without a container and a subject.
 pub(super) fn new_finding(
     node: &str,
-    policy: &Policy,
+    verdict: Verdict,
     id: FindingId,
     kind: Kind,
     source: &str,
@@ -254,18 +269,22 @@ pub(super) fn new_finding(
         source: source.to_owned(),
         node: node.to_owned(),
         runtime: "containerd".to_owned(),
+        container_runtime: None,
         container: None,
         run: None,
         image: ImageReference::default(),
         file: None,
         expected: None,
         process: None,
+        writer: None,
+        from_image: None,
+        after_start_milliseconds: None,
         invoked_as: None,
         session: None,
         story: None,
         transaction: None,
         files: None,
-        verdict: policy.decide(kind),
+        verdict,
         outcome: None,
         attack: kind.attack(),
         detail: None,
@@ -277,6 +296,10 @@ pub(super) fn set_container(finding: &mut Finding, id: &ContainerId, entry: &Ent
     let (container, image) = container_evidence(id, entry);
     (finding.container, finding.image) = (Some(container), image);
     finding.run = entry.incarnation();
+    finding.container_runtime = entry.container.as_ref().map(|known| known.runtime.clone());
+    let after = entry.run.began_at.map(|began| finding.last_seen.duration_since(began));
+    finding.after_start_milliseconds =
+        after.map(|after| u64::try_from(after.as_millis()).unwrap_or_default());
 }
 
 /// The container and its image, as findings and sessions name them.

@@ -20,8 +20,10 @@ use crate::inventory::{BaselineState, Entry};
 use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
-    ContainerId, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId, RootfsPath,
+    ContainerId, Disposition, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId,
+    RootfsPath,
 };
+use crate::policy::Decision;
 
 /// The source of these findings.
 const VERIFY: &str = "verify";
@@ -148,7 +150,7 @@ impl State {
             self.lost(Failure::FindingsFull, container.cloned(), detail, now, effects);
             return;
         }
-        let mut finding = new_finding(&self.node, &self.policy, id, kind, VERIFY, now);
+        let mut finding = new_finding(&self.node, self.policy.report(), id, kind, VERIFY, now);
         match (container, entry) {
             (Some(container), Some(entry)) => set_container(&mut finding, container, entry),
             _ => finding.image = tampered.image.clone(),
@@ -164,7 +166,13 @@ impl State {
             (None, None) => None,
         };
         finding.detail = Some(detail);
+        let Decision { verdict, severity } = self.decide_finding(&finding, now);
+        (finding.verdict, finding.severity) = (verdict, severity);
+        let is_accepted = finding.verdict.disposition == Disposition::Accept;
         match container {
+            Some(container) if is_accepted => {
+                self.accept_finding(container, finding, now, effects);
+            }
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
                 if !entry.findings.has_room_for(&finding) {

@@ -18,6 +18,7 @@
 mod aggregation;
 mod baselines;
 mod commands;
+mod decide;
 mod diffs;
 mod endpoints;
 mod evidence;

@@ -66,7 +66,11 @@ impl State {
         if std::mem::take(&mut entry.removed) {
             entry.replaced();
         }
+        let is_new = entry.run.pid != Some(pid);
         entry.began(pid);
+        if is_new {
+            entry.run.began_at = Some(now);
+        }
         entry.watch.state = WatchState::Requested;
         entry.watch.armed_before_start = false;
         entry.watch.fresh = true;

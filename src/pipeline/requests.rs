@@ -39,8 +39,12 @@ pub enum ApiRequest {
         container: String,
         reply: oneshot::Sender<Result<ContainerId, LookupError>>,
     },
-    /// The settings were read again. They apply from now on.
+    /// The settings or the policy files were read again. They apply from now on.
     SetPolicy(Box<Policy>),
+    /// The policy files were read again and refused: the rules stay.
+    PolicyRefused(String),
+    /// The rules in force.
+    Policy(oneshot::Sender<Policy>),
     /// Whether a probe is reported from now on.
     SetProbe {
         probe: ProbeId,

@@ -1,4 +1,4 @@
-//! Responses: the kill that the settings request for a finding, and what comes of responses.
+//! Responses: the kill that a rule requests for a finding, and what comes of responses.
 //!
 //! A kill is requested once for a run, and again while it fails. `respond` carries it out.
 
@@ -9,8 +9,9 @@ use super::state::{ResponseReply, State, successful_kill};
 use crate::history::Record;
 use crate::inventory::{Kill, Killed};
 use crate::model::{
-    ContainerId, Disposition, FindingId, Incarnation, Kind, Outcome, ProcessIdentity,
+    ContainerId, Disposition, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, Verdict,
 };
+use crate::policy::KILL_ON;
 use crate::respond::{Action, RESTART, Response, ResponseRequest};
 
 /// The pauses before a failed kill is tried again: each is twice as long as the last one.
@@ -23,15 +24,16 @@ pub(super) struct Cause<'a> {
     /// The init of the run that the finding is about; without one it is the current run.
     pub(super) init: Option<ProcessIdentity>,
     pub(super) kind: Kind,
+    pub(super) verdict: &'a Verdict,
     pub(super) finding: FindingId,
 }
 
 impl State {
-    /// Responds to a finding as the settings say, once for a run. It makes no difference
+    /// Responds to a finding as its verdict says, once for a run. It makes no difference
     /// whether the finding is kept.
     pub(super) fn respond(&mut self, cause: &Cause<'_>, now: Timestamp, effects: &mut Vec<Effect>) {
-        let Cause { container, init, kind, finding } = *cause;
-        if self.policy.decide(kind).disposition != Disposition::Kill {
+        let Cause { container, init, kind, verdict, finding } = *cause;
+        if verdict.disposition != Disposition::Kill {
             return;
         }
         let Some(entry) = self.inventory.get_mut(container) else { return };
@@ -43,7 +45,8 @@ impl State {
             return;
         }
         let (ticket, failures, due) = (None, 0, None);
-        entry.run.kill = Some(Kill { incarnation, kind, finding, ticket, failures, due });
+        let rule = verdict.rule.clone().unwrap_or_default();
+        entry.run.kill = Some(Kill { incarnation, kind, finding, rule, ticket, failures, due });
         self.request_kill(container, now, effects);
     }
 
@@ -59,7 +62,10 @@ impl State {
             incarnation: Some(kill.incarnation),
             action: Action::Kill,
             reason: format!("{} {}", kill.kind, kill.finding),
-            requested_by: "setting respond.kill_on".into(),
+            requested_by: match kill.rule.as_str() {
+                KILL_ON => format!("setting {KILL_ON}"),
+                rule => format!("rule {rule}"),
+            },
             requested_at: now,
             finding: Some(kill.finding),
             no_restart: false,

@@ -43,6 +43,10 @@ impl State {
                 let generation = self.policy.generation + 1;
                 self.policy = Policy { generation, ..*policy };
             }
+            ApiRequest::PolicyRefused(why) => self.policy.refused = Some(why),
+            ApiRequest::Policy(reply) => {
+                let _ = reply.send(self.policy.clone());
+            }
             ApiRequest::SetProbe { probe, reported, reply } => {
                 let changed = self.set_probe(probe, reported, effects);
                 let _ = reply.send(changed.ok_or(LookupError::UnknownProbe(probe)));

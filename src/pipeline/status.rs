@@ -103,7 +103,7 @@ pub(super) fn view(entry: &Entry) -> Option<ContainerView> {
         watched: entry.watch.is_attached(),
         armed_before_start: entry.watch.armed_before_start,
         problem,
-        findings: entry.findings.len() as u64,
+        findings: entry.findings.reported() as u64,
         container,
     })
 }

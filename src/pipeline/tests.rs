@@ -81,7 +81,9 @@ struct Node {
 
 impl Node {
     fn new(respond: Respond, known: Vec<Finding>) -> Node {
-        let policy = Policy { generation: 1, respond, ..Policy::default() };
+        let kill_on: Vec<Kind> = respond.kill_on.into_iter().collect();
+        let policy =
+            Policy { generation: 1, rules: Policy::killing(&kill_on).rules, ..Policy::default() };
         let state = State::new("node".into(), policy, Arc::default(), known, Timestamp::UNIX_EPOCH);
         Node {
             state,

@@ -18,9 +18,9 @@ use crate::containerd::{Error, Killed, RuntimeEvent};
 use crate::health::Health;
 use crate::history::Record;
 use crate::model::{
-    Ancestor, ChainId, Container, ContainerId, Content, DiffId, EntryPoint, Exit, Fact, FileFact,
-    FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels, Layer, LayerId,
-    Observation, Opening, OverlayDirs, Process, ProcessIdentity, RootfsPath, Run,
+    Ancestor, ChainId, Container, ContainerId, Content, DiffId, Disposition, EntryPoint, Exit,
+    Fact, FileFact, FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels,
+    Layer, LayerId, Observation, Opening, OverlayDirs, Process, ProcessIdentity, RootfsPath, Run,
     Script as ScriptFact, SessionFact, Source, Task,
 };
 use crate::pipeline::{ApiRequest, Effect, Input, State};
@@ -112,7 +112,7 @@ impl<'a> Node<'a> {
         script: &Script,
         each: &'a mut dyn FnMut(Timestamp, &Happened),
     ) -> Result<Node<'a>, String> {
-        let policy = Policy::of(&script.settings);
+        let policy = Policy::of(&script.settings, script.rules.as_ref());
         let health = Arc::new(Health::default());
         let begins_at = script.begins_at;
         let state = State::new(script.node.clone(), policy, health.clone(), Vec::new(), begins_at);
@@ -223,7 +223,7 @@ impl<'a> Node<'a> {
     fn record(&mut self, record: Record) {
         let happened = match record {
             Record::Finding(finding) | Record::Aggregate { finding, .. } => {
-                self.is_quiet = false;
+                self.is_quiet &= is_accepted(&finding);
                 self.findings.retain(|known| known.id != finding.id);
                 self.findings.push((*finding).clone());
                 Happened::Finding(finding)
@@ -382,6 +382,7 @@ impl<'a> Node<'a> {
         name.map(|name| self.running(name).map(|running| running.id)).transpose()
     }
 
+    // Long: one arm for each step.
     /// What a watcher would report of a step.
     fn observed(&self, step: &StepAction) -> Result<Input, String> {
         let (container, source, session, fact) = match step {
@@ -518,6 +519,10 @@ impl Pattern {
             && self.path.as_ref().is_none_or(path)
             && self.severity.is_none_or(|severity| finding.severity == severity)
             && self.count.is_none_or(|count| finding.count == count)
+            && self.rule.as_ref().is_none_or(|rule| finding.verdict.rule.as_ref() == Some(rule))
+            && self
+                .verdict
+                .map_or(!is_accepted(finding), |verdict| finding.verdict.disposition == verdict)
     }
 }
 
@@ -534,10 +539,16 @@ fn chain_of(baseline: &ImageBaseline) -> impl Iterator<Item = (LayerId, ChainId)
     layers.into_iter().zip(ChainId::of_layers(&diff_ids))
 }
 
+/// Whether an exception accepts it.
+pub(super) fn is_accepted(finding: &Finding) -> bool {
+    finding.verdict.disposition == Disposition::Accept
+}
+
 /// A finding as an error names it.
 fn describe(finding: &Finding) -> String {
     let path = finding.file.as_ref().map(|file| format!(" {}", file.path)).unwrap_or_default();
-    format!("{} ({}, {} times){path}", finding.kind, finding.severity, finding.count)
+    let accepted = if is_accepted(finding) { ", accepted" } else { "" };
+    format!("{} ({}, {} times{accepted}){path}", finding.kind, finding.severity, finding.count)
 }
 
 /// The pids of processes to which a script gives none.

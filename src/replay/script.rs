@@ -4,13 +4,15 @@
 //! stands indented below the line that names it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::str::FromStr;
 
 use jiff::{SignedDuration, Timestamp};
 
 use crate::config::{self, Config};
 use crate::health::Failure;
-use crate::model::{Entry, Filesystem, Format, Kind, RootfsPath, Severity};
+use crate::model::{Disposition, Entry, Filesystem, Format, Kind, RootfsPath, Severity};
+use crate::policy::{self, Loaded, PolicyFile};
 use crate::respond::Action;
 
 /// A whole file, understood.
@@ -20,6 +22,7 @@ pub struct Script {
     pub(super) node: String,
     pub(super) begins_at: Timestamp,
     pub(super) settings: Config,
+    pub(super) rules: Option<Loaded>,
     /// By name; layers from the bottom to the top, as `ImageBaseline::parse` reads them.
     pub(super) images: BTreeMap<String, Vec<String>>,
     pub(super) steps: Vec<Step>,
@@ -110,6 +113,9 @@ pub(super) struct Pattern {
     pub(super) path: Option<RootfsPath>,
     pub(super) severity: Option<Severity>,
     pub(super) count: Option<u64>,
+    /// Without it, accepted findings are not meant.
+    pub(super) verdict: Option<Disposition>,
+    pub(super) rule: Option<String>,
 }
 
 impl Script {
@@ -119,21 +125,32 @@ impl Script {
             node: "node".into(),
             begins_at: Timestamp::UNIX_EPOCH,
             settings: Config::default(),
+            rules: None,
             images: BTreeMap::new(),
             steps: Vec::new(),
         };
         let mut settings = String::new();
         // The image whose files stand on the next indented lines.
         let mut image: Option<String> = None;
+        // The text of the policy file that stands on the next indented lines.
+        let (mut rules, mut rule_lines) = (String::new(), Vec::new());
+        let mut is_policy = false;
         for (number, line) in text.lines().enumerate() {
             let wrong = |problem: String| WrongLine { line: number + 1, problem };
             if line.trim().is_empty() || line.trim_start().starts_with('#') {
                 continue;
             }
+            if line.starts_with([' ', '\t']) && is_policy {
+                rules += &format!("{}\n", line.trim_start());
+                rule_lines.push(number + 1);
+                continue;
+            }
             if line.starts_with([' ', '\t']) {
                 let layers = image.as_ref().and_then(|image| script.images.get_mut(image));
                 let Some(layers) = layers else {
-                    return Err(wrong("an indented line belongs below an `image` line".into()));
+                    return Err(wrong(
+                        "an indented line belongs below an `image` or `policy` line".into(),
+                    ));
                 };
                 match (line.trim(), layers.last_mut()) {
                     ("layer", _) => layers.push(String::new()),
@@ -143,6 +160,7 @@ impl Script {
                 continue;
             }
             image = None;
+            is_policy = false;
             let words = shlex::split(line)
                 .ok_or_else(|| wrong("a quotation mark has no partner".into()))?;
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -157,6 +175,7 @@ impl Script {
                     settings.push('\n');
                     script.settings = Config::parse(&settings).map_err(wrong)?;
                 }
+                ["policy"] => is_policy = true,
                 ["image", name] => {
                     script.images.insert(name.into(), Vec::new());
                     image = Some(name.into());
@@ -166,6 +185,17 @@ impl Script {
                     script.steps.push(Step { line: number + 1, action });
                 }
             }
+        }
+        if !rules.is_empty() {
+            let file = PolicyFile { name: "policy".to_owned(), text: rules };
+            let loaded = policy::parse(Path::new(""), vec![file]);
+            let wrong = |refused: policy::Refused| {
+                let fault = refused.0.into_iter().next();
+                let at = fault.as_ref().and_then(|fault| fault.at).map_or(1, |(line, _)| line);
+                let line = rule_lines.get(at - 1).copied().unwrap_or_default();
+                WrongLine { line, problem: fault.map(|fault| fault.message).unwrap_or_default() }
+            };
+            script.rules = Some(loaded.map_err(wrong)?);
         }
         Ok(script)
     }
@@ -382,6 +412,8 @@ impl<'a> Words<'a> {
             path: self.placed.pop().map(path_of).transpose()?,
             severity: self.named("severity", Severity::ALL, Severity::name)?,
             count: self.option("count")?,
+            verdict: self.named("verdict", Disposition::ALL, Disposition::name)?,
+            rule: self.option("rule")?,
         })
     }
 }

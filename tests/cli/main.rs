@@ -12,6 +12,7 @@ mod findings;
 mod follow;
 mod history_file;
 mod node;
+mod policy;
 mod program;
 mod samples;
 mod sessions;

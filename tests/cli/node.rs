@@ -2,16 +2,17 @@
 //! in place of the pipeline and of containerd.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use driftd::api::{Backend, Listener};
+use driftd::api::{Backend, Listener, PolicyReload};
 use driftd::baseline::{
     KnownBy, LayerDifference, LayerReport, Progress, Proof, Recorded, Store, Witness,
 };
+use driftd::config::Config;
 use driftd::health::Health;
 use driftd::history::{FindingLookup, History, Record, SessionLookup, Writer};
 use driftd::model::{
@@ -21,6 +22,7 @@ use driftd::model::{
 use driftd::pipeline::{
     ApiRequest, ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Status,
 };
+use driftd::policy::{self, Policy, PolicyFile};
 use driftd::respond::{Action, Response};
 use driftd::{api, baseline, model};
 use jiff::Timestamp;
@@ -75,6 +77,7 @@ impl Node {
         let baselines = Arc::new(baseline::Store::open(&baselines, health.clone()).unwrap());
         fill(&baselines);
         let (news, _) = crossbeam_channel::bounded(16);
+        let (policy_reloads, mut reloads) = tokio::sync::mpsc::channel::<PolicyReload>(1);
         let backend = Backend {
             node: "node-1".into(),
             requests: questions,
@@ -90,11 +93,17 @@ impl Node {
             ),
             images: Arc::new(Script(baselines.clone())),
             baselines,
+            policy_reloads,
         };
         let listener = Listener::bind(&dir.path().join("run/driftd.sock")).unwrap();
         let (shutdown, until) = oneshot::channel::<()>();
         let server = std::thread::spawn(move || {
             let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.spawn(async move {
+                while let Some(client) = reloads.recv().await {
+                    let _ = client.send(Ok(()));
+                }
+            });
             runtime
                 .block_on(api::serve(listener, backend, async {
                     let _ = until.await;
@@ -261,6 +270,36 @@ fn view() -> ContainerView {
     }
 }
 
+/// The rules of the script.
+fn rules() -> Policy {
+    let file = PolicyFile { name: "10-app.toml".to_owned(), text: RULES.to_owned() };
+    let loaded = policy::parse(Path::new("/etc/driftd/policy.d"), vec![file]).unwrap();
+    Policy::of(&Config::default(), Some(&loaded))
+}
+
+pub(crate) const RULES: &str = r#"
+version = "2026.11"
+
+[[rule]]
+id      = "app-plugins"
+reason  = "installs its plugins at start"
+owner   = "team-shop"
+expires = "never"
+effect  = "accept"
+[rule.match]
+kind = ["exec.*", "library.loaded"]
+path = ["/opt/plugins/**"]
+
+[[rule]]
+id       = "curl"
+reason   = "an attacker's first tool"
+effect   = "severity"
+severity = "critical"
+answer   = ["kill"]
+[rule.match]
+path = ["/usr/bin/curl"]
+"#;
+
 /// The script: `web` has drifted, `clean` has not, `half` cannot be read completely, and
 /// `w` is ambiguous.
 fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
@@ -288,6 +327,9 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
         }
         ApiRequest::Containers(reply) => {
             let _ = reply.send(vec![view()]);
+        }
+        ApiRequest::Policy(reply) => {
+            let _ = reply.send(rules());
         }
         ApiRequest::Diff { container, reply } => {
             let _ = reply.send(lookup(&container).map(|container| {
@@ -342,7 +384,9 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
         ApiRequest::Lookup { container, reply } => {
             let _ = reply.send(lookup(&container));
         }
-        ApiRequest::SetPolicy(_) => unreachable!("no command of the client sends it"),
+        ApiRequest::SetPolicy(_) | ApiRequest::PolicyRefused(_) => {
+            unreachable!("no command of the client sends it")
+        }
         ApiRequest::SetProbe { probe: id, reported, reply } => {
             let mut probe = probe();
             let _ = reply.send(if probe.id == id {

@@ -33,6 +33,7 @@ mod node;
 mod ordinary;
 mod owners;
 mod pods;
+mod policy;
 mod programs;
 mod proof;
 mod quiet;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         restarts::tests(),
         recording::tests(),
         pods::tests(),
+        policy::tests(),
         sessions::tests(),
         start::tests(),
         threads::tests(),

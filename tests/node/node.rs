@@ -338,10 +338,17 @@ disabled_plugins = [{without}
         // Few tests wait until a command is recognised as a probe.
         let patience = if more.contains("probe_patience") { "" } else { "probe_patience = \"0s\"" };
         let scans = if more.contains("sweep_interval") { "" } else { "sweep_interval = \"1h\"" };
+        // The machine's own rules are none of the tests'.
+        let policy = if more.contains("[policy]") {
+            String::new()
+        } else {
+            format!("[policy]\ndir = \"{directory}/policy.d\"")
+        };
         // `more` may open a table of its own, so it comes last.
         let text = format!(
             r#"state_dir = "{directory}/driftd"
 socket = "{directory}/driftd.sock"
+{policy}
 [containerd]
 sockets = ["{directory}/containerd.sock"]
 exclude_namespaces = {exclude:?}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::container::{image_to_proto, incarnation_to_proto, labels_to_proto, pod_to_proto};
 use super::file::{expected_to_proto, file_to_proto};
-use super::process::process_to_proto;
+use super::process::{identity_to_proto, process_to_proto};
 use super::response::outcome_to_proto;
 use super::value::{Malformed, malformed, missing, parsed, time_from_proto, time_to_proto};
 use crate::api::proto;
@@ -15,6 +15,7 @@ use crate::history::{AlsoIn, FindingText};
 use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
 use crate::model::{Attack, ContainerId, Finding, Labels, Member, RootfsPath, Severity};
 
+// Long: one line for each field of the message.
 pub fn finding_to_proto(finding: Finding) -> proto::Finding {
     let Finding {
         schema: _,
@@ -28,12 +29,16 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         source,
         node,
         runtime,
+        container_runtime,
         container,
         run,
         image,
         file,
         expected,
         process,
+        writer,
+        from_image,
+        after_start_milliseconds,
         invoked_as,
         session,
         story,
@@ -68,6 +73,12 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
         file: file.map(file_to_proto),
         expected: expected.map(expected_to_proto),
         process: process.map(process_to_proto),
+        writer: writer.map(process_to_proto),
+        from_image: from_image.map(|processes| proto::ProcessList {
+            processes: processes.into_iter().map(identity_to_proto).collect(),
+        }),
+        after_start_milliseconds,
+        container_runtime,
         run: run.map(incarnation_to_proto),
         invoked_as,
         session: session.map(|id| id.to_string()),
@@ -79,6 +90,9 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
             action: verdict.action,
             rule: verdict.rule,
             policy_generation: verdict.policy_generation,
+            rules: verdict.rules,
+            dry_run: verdict.dry_run,
+            unchanged_severity: verdict.unchanged_severity.map(|one| one.name().to_owned()),
         }),
         outcome: outcome.map(outcome_to_proto),
         attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),

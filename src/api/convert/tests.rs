@@ -58,6 +58,10 @@ fn check(finding: &Finding) {
             serde_json::Value::String(text) if key == "severity" => {
                 format!("severity: {}{}", text[..1].to_uppercase(), &text[1..])
             }
+            // In memory, what a process says is escaped.
+            serde_json::Value::String(text) if matches!(key, "exe" | "argv" | "root") => {
+                format!("{:?}", crate::model::printable(text.as_bytes()))
+            }
             serde_json::Value::String(text) => format!("{text:?}"),
             other => other.to_string(),
         };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
 
 use crate::api::baselines::RecordImage;
@@ -17,6 +17,7 @@ use crate::baseline;
 use crate::health::Health;
 use crate::history;
 use crate::pipeline::{ApiRequest, LookupError};
+use crate::policy;
 
 /// How long the pipeline may be too busy to take a request.
 pub(super) const BUSY: Duration = Duration::from_secs(5);
@@ -36,7 +37,12 @@ pub struct Backend {
     pub baselines: Arc<baseline::Store>,
     pub recorder: baseline::Recorder,
     pub images: Arc<dyn RecordImage>,
+    /// Requests to read the policy files again.
+    pub policy_reloads: mpsc::Sender<PolicyReload>,
 }
+
+/// The client that waits until the policy files were read again.
+pub type PolicyReload = oneshot::Sender<Result<(), policy::Refused>>;
 
 impl fmt::Debug for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

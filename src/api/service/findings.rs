@@ -122,6 +122,7 @@ impl Service {
             minimum_severity,
             since: optional_time("since", filter.since)?,
             until: optional_time("until", filter.until)?,
+            accepted: filter.accepted,
             content: Content {
                 paths: filter.paths,
                 hashes: hexadecimal("hash", filter.hashes)?,

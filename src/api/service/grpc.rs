@@ -158,6 +158,20 @@ impl DriftService for Service {
         self.timeline(request.into_inner()).await.map(Response::new)
     }
 
+    async fn get_policy(
+        &self,
+        _: Request<proto::GetPolicyRequest>,
+    ) -> Reply<proto::GetPolicyResponse> {
+        self.get_policy().await.map(Response::new)
+    }
+
+    async fn reload_policy(
+        &self,
+        _: Request<proto::ReloadPolicyRequest>,
+    ) -> Reply<proto::ReloadPolicyResponse> {
+        self.reload_policy().await.map(Response::new)
+    }
+
     async fn list_probes(
         &self,
         request: Request<proto::ListProbesRequest>,

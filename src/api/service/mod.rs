@@ -9,11 +9,12 @@ mod containers;
 mod findings;
 mod grpc;
 mod paging;
+mod policy;
 mod probes;
 mod responses;
 mod sessions;
 mod status;
 mod verify;
 
-pub use backend::Backend;
 pub(super) use backend::Service;
+pub use backend::{Backend, PolicyReload};

@@ -30,6 +30,8 @@ impl Service {
         let (status, containers) = self.pipeline_status().await?;
         let without_baseline =
             containers.iter().filter(|view| view.baseline.starts_with("none")).count();
+        let policy = self.ask(ApiRequest::Policy).await?;
+        let policy = convert::policy_status_to_proto(&policy, jiff::Timestamp::now());
         let kept = self.kept().await?;
         let backlogs = health.backlogs();
 
@@ -45,6 +47,7 @@ impl Service {
         let missing = health.missing.get().into_iter().flatten();
         let counter = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         Ok(proto::GetStatusResponse {
+            policy: Some(policy),
             version: env!("CARGO_PKG_VERSION").into(),
             node: backend.node.clone(),
             started_at: Some(convert::time_to_proto(status.started_at)),

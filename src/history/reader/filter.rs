@@ -8,7 +8,7 @@ use rusqlite::types::Value;
 
 use crate::model::{ContainerId, Kind, SessionState, Severity};
 
-/// Selects findings. The default selects all of them.
+/// Selects findings. The default selects all that are reported.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     pub container: Option<ContainerId>,
@@ -21,6 +21,8 @@ pub struct Filter {
     pub since: Option<Timestamp>,
     /// First seen at or before this time.
     pub until: Option<Timestamp>,
+    /// Only those that an exception accepts. Without this, only the others.
+    pub accepted: bool,
     pub content: Content,
 }
 
@@ -124,6 +126,13 @@ impl Conditions {
         if let Some(until) = filter.until {
             all.add("finding.first_seen <= ?", [Value::Integer(until.as_microsecond())]);
         }
+        let is = if filter.accepted { "=" } else { "<>" };
+        all.add(
+            &format!(
+                "coalesce(json_extract(finding.json, '$.verdict.disposition'), '') {is} 'accept'"
+            ),
+            [],
+        );
         all.add_content(&filter.content);
         all
     }

@@ -3,11 +3,14 @@
 //!
 //! Only reads. Members of a finding are in `members`.
 
+use std::collections::HashMap;
+
+use jiff::Timestamp;
 use rusqlite::params;
 
 use super::connection::Reader;
 use super::filter::{Conditions, Filter, is_named};
-use super::pages::{AlsoIn, FindingLookup, FindingsPage, Lookup, PAGE_BYTES, PageToken};
+use super::pages::{AlsoIn, FindingLookup, FindingsPage, Lookup, PAGE_BYTES, PageToken, RuleHits};
 use crate::history::error::Error;
 use crate::history::json::{self, FindingText, Kept};
 use crate::history::sql::length;
@@ -126,6 +129,35 @@ impl Reader {
                 &[&container.id, &container.namespace],
             ),
         }
+    }
+
+    /// How often each rule has matched, by the findings that name it.
+    pub fn rule_hits(&self) -> Result<HashMap<String, RuleHits>, Error> {
+        self.query(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT rule, sum(hits), max(last_seen) FROM (
+                         SELECT json ->> '$.verdict.rule' AS rule,
+                                json ->> '$.count' AS hits, last_seen
+                         FROM finding WHERE json ->> '$.verdict.disposition' = 'accept'
+                         UNION ALL
+                         SELECT named.value, finding.json ->> '$.count', finding.last_seen
+                         FROM finding, json_each(finding.json, '$.verdict.rules') AS named)
+                     WHERE rule IS NOT NULL GROUP BY rule",
+                )
+                .map_err(&failed)?;
+            let mut rows = query.query([]).map_err(&failed)?;
+            let mut hits = HashMap::new();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                let number: i64 = row.get(1).map_err(&failed)?;
+                let last: i64 = row.get(2).map_err(&failed)?;
+                let last = Timestamp::from_microsecond(last).unwrap_or(Timestamp::MIN);
+                let rule = row.get(0).map_err(&failed)?;
+                hits.insert(rule, RuleHits { hits: number.unsigned_abs(), last });
+            }
+            Ok(hits)
+        })
     }
 
     /// The number of findings that are stored.

@@ -22,6 +22,7 @@ pub use connection::Reader;
 pub use filter::{Content, Filter, SessionFilter};
 pub use pages::{
     AlsoIn, BadPageToken, CommandToken, CommandsPage, FindingLookup, FindingsPage, Followed,
-    Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, SessionLookup, SessionsPage, Stored,
+    Lookup, MemberToken, MembersPage, PageToken, ProbeLookup, RuleHits, SessionLookup,
+    SessionsPage, Stored,
 };
 pub use timeline::{Happened, TimelineEntry, TimelinePage, TimelineToken};

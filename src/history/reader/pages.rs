@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::history::json::FindingText;
@@ -25,6 +26,14 @@ pub struct AlsoIn {
     pub containers: u32,
     /// Some of them, the one with the newest sighting first.
     pub newest: Vec<ContainerId>,
+}
+
+/// How often a rule has matched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleHits {
+    /// Sightings.
+    pub hits: u64,
+    pub last: Timestamp,
 }
 
 /// Where the next page begins.

@@ -21,6 +21,7 @@ use crate::model::{
     Blake3Hash, ContainerId, FileType, Filesystem, FindingId, Format, Kind, Process, RootfsPath,
     Severity,
 };
+use crate::pipeline::decide::was_accepted;
 use crate::pipeline::evidence::Emission;
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
@@ -198,7 +199,10 @@ impl State {
         }
         // Code that a package or a build has brought is at most medium.
         let severity = match &group.common {
-            Some(Common::Brought(_) | Common::Built { .. }) => {
+            // Unless a rule says how severe it is.
+            Some(Common::Brought(_) | Common::Built { .. })
+                if emission.verdict.unchanged_severity.is_none() =>
+            {
                 judgement.severity.min(Severity::Medium)
             }
             _ => judgement.severity,
@@ -280,7 +284,7 @@ impl State {
     ) {
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(files) = files_of_package_manager(process) else { return };
-        if files.iter().all(|file| is_unchanged(entry, image, file)) {
+        if files.iter().all(|file| is_untouched(entry, image, file)) {
             entry.writers.remember_package_manager(process.clone());
         }
     }
@@ -306,8 +310,12 @@ fn has_own_finding(
     entry.findings.contains(&FindingId::new(Some(container), kind, &subject))
 }
 
-/// Whether the image has a program here, and no finding was ever about the path.
-fn is_unchanged(entry: &Entry, image: &ImageBaseline, path: &RootfsPath) -> bool {
+/// Whether the image has a program here, and nothing was ever reported of the path, or accepted.
+pub(in crate::pipeline) fn is_untouched(
+    entry: &Entry,
+    image: &ImageBaseline,
+    path: &RootfsPath,
+) -> bool {
     let is_of_image = |known: KnownBaseline| match known.entry.file_type {
         FileType::Regular => is_program(known.entry.format, known.entry.mode),
         FileType::Symlink => true,
@@ -316,4 +324,5 @@ fn is_unchanged(entry: &Entry, image: &ImageBaseline, path: &RootfsPath) -> bool
     image.get(path).is_some_and(is_of_image)
         && entry.findings.about(path).next().is_none()
         && entry.members.of(Aspect::Written, path).is_none()
+        && !was_accepted(entry, path)
 }

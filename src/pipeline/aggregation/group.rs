@@ -12,7 +12,7 @@ pub(super) const MAX_LISTED: u64 = 100_000;
 
 /// What the files of an aggregated finding have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Group {
+pub(in crate::pipeline) struct Group {
     pub(super) kind: Kind,
     /// The directory, or the root directory, that holds all of them.
     pub(super) place: Option<RootfsPath>,
@@ -23,7 +23,7 @@ pub(super) struct Group {
 
 /// What files have in common beside their place and content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Common {
+pub(in crate::pipeline) enum Common {
     /// A package manager has brought them, and they are unchanged since.
     Brought(FindingId),
     /// A package manager has written them, with a privilege or where other programs obey
@@ -39,6 +39,8 @@ pub(super) enum Common {
     Accounts { process: ProcessIdentity },
     /// They have this severity.
     Severity(Severity),
+    /// The exception with this ID accepts them.
+    Accepted(String),
 }
 
 impl Common {
@@ -57,6 +59,7 @@ impl Common {
             }
             Common::Accounts { process } => format!("accounts {}", of(process)),
             Common::Severity(severity) => format!("severity {severity}"),
+            Common::Accepted(rule) => format!("accepted {rule}"),
         }
     }
 
@@ -80,18 +83,21 @@ impl Common {
                 format!("generated names, like {}", printable(pattern))
             }
             Common::Accounts { .. } => "accounts, changed by one command".to_owned(),
+            Common::Accepted(rule) => {
+                format!("accepted by the rule {rule}: what else it accepts is counted here")
+            }
             Common::Severity(_) => return None,
         })
     }
 
     /// Whether this is the detail of a finding about one file too.
     pub(super) fn explains_one(&self) -> bool {
-        matches!(self, Common::Brought(_) | Common::Built { .. })
+        matches!(self, Common::Brought(_) | Common::Built { .. } | Common::Accepted(_))
     }
 }
 
 impl Group {
-    pub(super) fn id(&self, container: &ContainerId) -> FindingId {
+    pub(in crate::pipeline) fn id(&self, container: &ContainerId) -> FindingId {
         if let Some(common) = &self.common {
             let by = common.key();
             let (path, content) = (self.place.as_ref(), self.content);
@@ -100,6 +106,12 @@ impl Group {
         }
         let subject = Subject::Group { path: self.place.as_ref(), content: self.content };
         FindingId::new(Some(container), self.kind, &subject)
+    }
+
+    /// The group of everything of one kind that an exception accepts.
+    pub(in crate::pipeline) fn accepted(kind: Kind, rule: &str) -> Group {
+        let common = Some(Common::Accepted(rule.to_owned()));
+        Group { kind, place: None, content: None, common }
     }
 
     /// The group of all findings of one kind that have no room of their own.

@@ -35,6 +35,7 @@ mod put;
 mod unpublished;
 
 pub(super) use self::code::is_reported_as_executed;
-pub(super) use self::group::is_run;
+pub(super) use self::emit::is_untouched;
+pub(super) use self::group::{Group, is_run};
 pub(super) use self::packages::transaction_id;
 pub(super) use self::unpublished::Unpublished;

@@ -21,6 +21,7 @@ use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
 use crate::pipeline::responses::Cause;
 use crate::pipeline::state::State;
+use crate::policy::Decision;
 
 /// The aggregated finding that a file goes into.
 pub(super) enum Target {
@@ -83,7 +84,9 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let Emission { observation, evidence, now, .. } = *emission;
-        self.session_caused(observation, evidence.process, id, now, effects);
+        if emission.verdict.disposition != Disposition::Accept {
+            self.session_caused(observation, evidence.process, id, now, effects);
+        }
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let run = entry.run_of(observation.init);
@@ -94,9 +97,28 @@ impl State {
             finding.last_seen = finding.last_seen.max(observation.at);
             let kind = finding.kind;
             self.unpublished.push(container, id, None, now);
-            let cause = Cause { container, init: Some(observation.init), kind, finding: id };
+            let init = Some(observation.init);
+            let cause = Cause { container, init, kind, verdict: emission.verdict, finding: id };
             self.respond(&cause, now, effects);
         }
+    }
+
+    /// Puts a file into the finding of the exception that accepts it.
+    pub(in crate::pipeline) fn put_accepted(
+        &mut self,
+        group: Group,
+        path: &RootfsPath,
+        emission: &Emission<'_>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let kind = group.kind;
+        let content = emission.evidence.content();
+        let reported = match kind {
+            Kind::FileRemoved => Reported::REMOVED,
+            _ => Reported::content(content),
+        };
+        let file = MemberFile { aspect: Aspect::Accepted(kind), path, content, reported };
+        self.put_or_count(group, file, emission, effects);
     }
 
     /// Puts a file into an aggregated finding, which is made if it is not there.
@@ -117,11 +139,23 @@ impl State {
         } else {
             self.put_another(target, file, emission, effects);
         }
+        let verdict = match target {
+            Target::Group(_) => emission.verdict,
+            // A transaction has a decision of its own.
+            Target::Transaction(_) => {
+                let entry = self.inventory.get(container);
+                let finding = entry.and_then(|entry| entry.findings.get(&id));
+                &finding.map_or_else(|| self.policy.report(), |finding| finding.verdict.clone())
+            }
+        };
+        if verdict.disposition == Disposition::Accept {
+            return;
+        }
         self.session_caused(observation, evidence.process, id, now, effects);
         // At once, not when the finding is published: the run may have ended by then.
         if is_new || observation.source != Source::Scan {
             let init = Some(observation.init);
-            let cause = Cause { container, init, kind: target.kind(), finding: id };
+            let cause = Cause { container, init, kind: target.kind(), verdict, finding: id };
             self.respond(&cause, now, effects);
         }
     }
@@ -139,7 +173,7 @@ impl State {
         let id = target.id(container);
         let finding = match target {
             Target::Group(group) => self.make_grouped(id, group, emission),
-            Target::Transaction(manager) => self.make_transaction(id, manager, observation),
+            Target::Transaction(manager) => self.make_transaction(id, manager, emission),
         };
         let is_aggregated = finding.files.is_some();
         let always_has_room = matches!(target, Target::Group(group) if group.is_rest());
@@ -247,18 +281,22 @@ impl State {
         &self,
         id: FindingId,
         manager: &Process,
-        observation: &Observation,
+        emission: &Emission<'_>,
     ) -> Finding {
+        let observation = emission.observation;
         let (source, at) = (observation.source.name(), observation.at);
         let kind = Kind::PackageTransaction;
-        let mut finding = new_finding(&self.node, &self.policy, id, kind, source, at);
+        let mut finding = new_finding(&self.node, self.policy.report(), id, kind, source, at);
         finding.files = Some(1);
         finding.process = Some(budget::process(manager));
         if let Some(entry) = self.inventory.get(&observation.container) {
             set_container(&mut finding, &observation.container, entry);
             finding.run = Some(entry.run_of(observation.init));
+            finding.from_image = State::from_image(entry, std::iter::once(manager));
         }
         finding.session = self.session_of(observation, Some(manager));
+        let Decision { verdict, severity } = self.decide_finding(&finding, emission.now);
+        (finding.verdict, finding.severity) = (verdict, severity);
         finding
     }
 
@@ -270,7 +308,7 @@ impl State {
         finding: &Finding,
         effects: &mut Vec<Effect>,
     ) {
-        let Emission { observation, judgement, evidence, now } = *emission;
+        let Emission { observation, judgement, evidence, verdict, now } = *emission;
         let container = &observation.container;
         let kind = judgement.kind;
         let Some(path) = evidence.path else {
@@ -294,7 +332,7 @@ impl State {
             let file = MemberFile { aspect, path, content, reported };
             self.put(&target, file, emission, effects);
         }
-        if self.policy.decide(kind).disposition != Disposition::Report {
+        if verdict.disposition == Disposition::Kill {
             self.publish_aggregate(container, id, effects);
         }
     }
@@ -328,10 +366,11 @@ impl State {
         let rest = entry.findings.get(&id);
         let is_first = rest.is_some_and(|rest| rest.revision == 0);
         self.unpublished.push(container, id, None, now);
-        if is_first || finding.verdict.disposition != Disposition::Report {
+        if is_first || finding.verdict.disposition == Disposition::Kill {
             self.publish_aggregate(container, id, effects);
         }
-        let cause = Cause { container, init, kind: finding.kind, finding: id };
+        let (kind, verdict) = (finding.kind, &finding.verdict);
+        let cause = Cause { container, init, kind, verdict, finding: id };
         self.respond(&cause, now, effects);
         id
     }
@@ -371,7 +410,7 @@ impl State {
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let run = Kind::ALL.iter().filter(|kind| is_run(**kind)).map(|kind| Aspect::of(*kind));
-        for aspect in std::iter::once(Aspect::Written).chain(run) {
+        for aspect in std::iter::once(Aspect::Written).chain(run).chain(Aspect::accepted()) {
             let Some((id, reported)) = entry.members.of(aspect, path) else { continue };
             if matches!(reported, Reported::GONE | Reported::REMOVED) {
                 continue;

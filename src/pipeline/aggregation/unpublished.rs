@@ -22,7 +22,7 @@ pub(in crate::pipeline) struct Unpublished {
 
 impl Unpublished {
     /// A finding has changed and, unless it is `None`, one of its files.
-    pub(super) fn push(
+    pub(in crate::pipeline) fn push(
         &mut self,
         container: &ContainerId,
         finding: FindingId,

@@ -8,7 +8,7 @@ use super::cadence::Rhythm;
 use super::store::{Known, Live};
 use crate::history::Record;
 use crate::model::session::PROBE_SCHEMA;
-use crate::model::{ContainerId, Disposition, Kind, Probe, ProbeId, ProbeSource};
+use crate::model::{ContainerId, Kind, Probe, ProbeId, ProbeSource};
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
 
@@ -20,9 +20,8 @@ const INTERVALS: i32 = 2;
 impl State {
     /// Until when a finding waits for a rhythm.
     pub(super) fn hold_until(&self, now: Timestamp) -> Option<Timestamp> {
-        let verdict = self.policy.decide(Kind::SessionExec);
         let patience = self.policy.probe_patience;
-        let is_held = verdict.disposition == Disposition::Report && patience.is_positive();
+        let is_held = !self.policy.may_answer(Kind::SessionExec, now) && patience.is_positive();
         is_held.then(|| now.saturating_add(patience).ok()).flatten()
     }
 

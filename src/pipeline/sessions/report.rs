@@ -4,15 +4,16 @@
 use jiff::Timestamp;
 
 use super::origin::describe;
-use crate::model::finding::Subject;
+use crate::model::finding::Subject as About;
 use crate::model::session::MAX_SESSION_FINDINGS;
 use crate::model::{
-    ContainerId, Entry, FindingId, Interactive, Kind, Observation, Process, ProcessIdentity,
-    Session, SessionId, Source,
+    ContainerId, Disposition, Entry, Finding, FindingId, Interactive, Kind, Observation, Process,
+    ProcessIdentity, Session, SessionId, Source,
 };
 use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
+use crate::policy::{Decision, Subject};
 
 /// The detail of a finding about a probe that is reported after all.
 const IS_PROBE: &str = "it is run again and again like a probe, and ran what is not the image's";
@@ -94,17 +95,23 @@ impl State {
         kind: Kind,
         effects: &mut Vec<Effect>,
     ) -> Option<FindingId> {
-        let SessionReport { session, root, init, is_probe, source, now } = *report;
+        let SessionReport { session, root, init, source, now, .. } = *report;
         let (container, process) = (&session.container.id, &session.process);
         let subject = if kind == Kind::SessionExec {
-            Subject::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
+            About::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
         } else {
-            Subject::Process(root)
+            About::Process(root)
         };
         let id = FindingId::new(Some(container), kind, &subject);
-        let entry = self.inventory.get_mut(container)?;
         let seen = session.ended_at.unwrap_or(session.started_at);
-        let run = init.map(|init| entry.run_of(init));
+        let found = self.session_finding(report, kind, id)?;
+        let run = found.run;
+        let verdict = found.verdict.clone();
+        if verdict.disposition == Disposition::Accept {
+            self.accept_finding(container, found, now, effects);
+            return None;
+        }
+        let entry = self.inventory.get_mut(container)?;
         if let Some(finding) = entry.findings.get_mut(&id) {
             // A scan of the processes may find a session that was reported before a restart.
             if source != Source::Scan && finding.session != Some(session.id) {
@@ -112,25 +119,48 @@ impl State {
                 finding.revision += 1;
                 finding.last_seen = finding.last_seen.max(seen);
                 finding.run = run.or(finding.run);
+                if finding.verdict != verdict {
+                    (finding.verdict, finding.severity) = (verdict, found.severity);
+                }
             }
         } else {
-            let at = session.started_at;
-            let mut finding =
-                new_finding(&self.node, &self.policy, id, kind, &session.discovered, at);
-            set_container(&mut finding, container, entry);
-            finding.run = run.or(finding.run);
-            finding.process = Some(process.clone());
-            finding.session = Some(session.id);
-            finding.last_seen = seen;
-            let detail = if is_probe { Some(IS_PROBE) } else { describe(session.entry) };
-            finding.detail = detail.map(ToOwned::to_owned);
-            if !entry.findings.has_room_for(&finding) {
-                return Some(self.fold_finding(container, init, &finding, now, effects));
+            if !entry.findings.has_room_for(&found) {
+                return Some(self.fold_finding(container, init, &found, now, effects));
             }
-            entry.insert_finding(finding);
+            entry.insert_finding(found);
         }
         self.publish(container, id, init, now, effects);
         Some(id)
+    }
+
+    /// The finding about a session, with the decision of the policy.
+    fn session_finding(
+        &self,
+        report: &SessionReport<'_>,
+        kind: Kind,
+        id: FindingId,
+    ) -> Option<Finding> {
+        let SessionReport { session, init, is_probe, now, .. } = *report;
+        let container = &session.container.id;
+        let entry = self.inventory.get(container)?;
+        let (verdict, at) = (self.policy.report(), session.started_at);
+        let mut finding = new_finding(&self.node, verdict, id, kind, &session.discovered, at);
+        set_container(&mut finding, container, entry);
+        finding.run = init.map(|init| entry.run_of(init)).or(finding.run);
+        finding.process = Some(session.process.clone());
+        finding.session = Some(session.id);
+        finding.last_seen = session.ended_at.unwrap_or(at);
+        let detail = if is_probe { Some(IS_PROBE) } else { describe(session.entry) };
+        finding.detail = detail.map(ToOwned::to_owned);
+        if self.policy.has_rules() {
+            let severity = finding.severity;
+            let session = Some(session);
+            let subject =
+                Subject { finding: &finding, severity, session, may_be_of_session: false };
+            let Decision { verdict, severity } = self.policy.decide(&subject, now);
+            (finding.verdict, finding.severity) = (verdict, severity);
+        }
+        Some(finding)
     }
 
     /// A session has caused a finding, once or again.

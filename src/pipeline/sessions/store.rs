@@ -10,7 +10,7 @@ use super::cadence::Cadences;
 use crate::budget::{self, Pool, Share};
 use crate::model::{
     Ancestor, Command, ContainerId, Entry, Exit, Probe, ProbeId, Process, ProcessIdentity, Session,
-    SessionState,
+    SessionId, SessionState,
 };
 
 /// Sessions of one container that are known at once, closed ones among them: their processes
@@ -276,6 +276,33 @@ impl Sessions {
         live.is_some_and(|live| {
             live.session.interactive.is_some() || live.session.entry == Entry::ReverseShell
         })
+    }
+
+    /// The session in which a process acted.
+    pub(in crate::pipeline) fn session(
+        &self,
+        container: &ContainerId,
+        descent: Option<ProcessIdentity>,
+        process: Option<&Process>,
+    ) -> Option<&Session> {
+        let root = self.of(container, descent, process)?;
+        self.containers.get(container)?.live.get(&root).map(|live| &live.session)
+    }
+
+    pub(in crate::pipeline) fn with_id(
+        &self,
+        container: &ContainerId,
+        id: SessionId,
+    ) -> Option<&Session> {
+        let known = self.containers.get(container)?;
+        known.live.values().map(|live| &live.session).find(|session| session.id == id)
+    }
+
+    /// Whether a session came into the container, as far as is remembered. Probes do not count.
+    pub(in crate::pipeline) fn had_any(&self, container: &ContainerId) -> bool {
+        let known = self.containers.get(container);
+        known.is_some_and(|known| known.live.values().any(|live| live.probe.is_none()))
+            || self.remembered.contains_key(container)
     }
 
     /// Makes room for one more. False if all that are known are open, or too many were listed.

@@ -98,8 +98,7 @@ fn h01_a_finding_without_room_among_its_own_kind_gets_a_response() {
         node.publish();
         assert_eq!(node.newest().len(), most + 1);
         let mut restarted = node.restarted();
-        let policy = Respond { kill_on: [kind].into() };
-        restarted.state.policy.respond = policy;
+        restarted.state.policy.rules = Policy::killing(&[kind]).rules;
         restarted.requests.clear();
         // The findings of an earlier policy do not count.
         restarted

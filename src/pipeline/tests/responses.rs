@@ -176,9 +176,9 @@ fn u08_settings_that_were_read_again_decide_from_then_on_and_verdicts_name_them(
     let mut node = killing(&[]);
     let before = node.state.policy.generation;
     let set = |node: &mut Node, kinds: &[Kind]| {
-        let respond = Respond { kill_on: kinds.iter().copied().collect() };
         let patience = jiff::SignedDuration::from_secs(7);
-        let policy = Policy { respond, probe_patience: patience, ..Policy::default() };
+        let rules = Policy::killing(kinds).rules;
+        let policy = Policy { rules, probe_patience: patience, ..Policy::default() };
         node.give(Input::Request(ApiRequest::SetPolicy(Box::new(policy))));
         assert_eq!(node.state.policy.probe_patience, patience);
     };
@@ -297,7 +297,13 @@ fn a_response_needs_no_finding_that_is_kept() {
     let container = id("c1");
     let (finding, kind) = (FindingId([9; 16]), Kind::ExecFileless);
     let mut effects = Vec::new();
-    let cause = Cause { container: &container, init: Some(init(7)), kind, finding };
+    let verdict = model::Verdict {
+        disposition: model::Disposition::Kill,
+        rule: Some("respond.kill_on".to_owned()),
+        ..node.state.policy.report()
+    };
+    let init = Some(init(7));
+    let cause = Cause { container: &container, init, kind, verdict: &verdict, finding };
     node.state.respond(&cause, Timestamp::UNIX_EPOCH, &mut effects);
     let [Effect::Respond(request)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((request.finding, request.incarnation.unwrap().pid), (Some(finding), 7));

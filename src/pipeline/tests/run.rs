@@ -152,7 +152,7 @@ fn a_stop_waits_for_the_response_that_is_being_carried_out() {
     let parts = a_loop(1024);
     let Loop { mut state, reader, inputs, outputs, records, stop, sensor_events, .. } = parts;
     let mut requests = parts.response_requests;
-    state.policy.respond.kill_on = ["exec.new".parse().unwrap()].into();
+    state.policy.rules = Policy::killing(&[Kind::ExecNew]).rules;
     let Input::Sensor(event) = Node::running().input("exec c1 /tmp/x evil") else { panic!() };
     sensor_events.send(Box::new(event)).unwrap();
     drop(stop);

@@ -172,7 +172,7 @@ fn a29_a_command_that_comes_once_is_reported_when_no_rhythm_has_come() {
     assert_eq!(node.session(200).finding, Some(node.findings[0].id));
     // If driftd is to respond, nothing waits.
     let mut node = patient();
-    node.state.policy.respond.kill_on = [Kind::SessionExec].into();
+    node.state.policy.rules = Policy::killing(&[Kind::SessionExec]).rules;
     node.play("session c1 200 - cat /etc/passwd").expect(&["session.exec pid 200 x1 r1"]);
     assert_eq!(node.requests.len(), 1);
     // Nor if driftd is not to learn probes.

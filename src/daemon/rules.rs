@@ -1,0 +1,121 @@
+//! Keeps the rules in force: reads the policy files at the start, when one of them changes, and
+//! when a client or a signal asks for it.
+//!
+//! A set with a fault is refused whole. The rules before stay in force, and the pipeline is
+//! informed, for `driftd status`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
+use tokio::sync::mpsc;
+
+use crate::policy::{self, Fault, Loaded, Owners, Refused};
+
+/// How long files must be left alone before they are read: an editor writes more than once.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// The policy files in force.
+#[derive(Debug, Default)]
+pub(super) struct Rules {
+    pub(super) loaded: Option<Loaded>,
+    /// Why the files as they are now were refused.
+    pub(super) refused: Option<Refused>,
+}
+
+impl Rules {
+    /// Reads the files for the first time. With a fault in them, no rule is in force: all is
+    /// reported.
+    pub(super) fn new(directory: &Path) -> Rules {
+        match policy::read(directory, Owners::Own) {
+            Ok(loaded) => Rules { loaded, refused: None },
+            Err(refused) => {
+                tracing::error!("the policy files are refused, no rule is in force:\n{refused}");
+                Rules { loaded: None, refused: Some(refused) }
+            }
+        }
+    }
+
+    /// Reads the files again. True if other rules are in force now.
+    pub(super) fn read_again(&mut self, directory: &Path) -> bool {
+        let read = policy::read(directory, Owners::Own).and_then(|loaded| match loaded {
+            // Rules that vanish are more likely an accident than a wish.
+            None if self.has_files() => Err(gone(directory)),
+            loaded => Ok(loaded),
+        });
+        match read {
+            Ok(loaded) => {
+                let digest = |loaded: &Option<Loaded>| {
+                    loaded.as_ref().and_then(|loaded| loaded.digest.clone())
+                };
+                let is_new = digest(&loaded) != digest(&self.loaded) || self.refused.is_some();
+                (self.loaded, self.refused) = (loaded, None);
+                is_new
+            }
+            Err(refused) => {
+                tracing::error!("the policy files are refused, the rules before stay:\n{refused}");
+                self.refused = Some(refused);
+                false
+            }
+        }
+    }
+
+    fn has_files(&self) -> bool {
+        self.loaded.as_ref().is_some_and(|loaded| !loaded.files.is_empty())
+    }
+}
+
+fn gone(directory: &Path) -> Refused {
+    let message = "the directory is gone (an empty one means that there are no rules)".to_owned();
+    Refused(vec![Fault { file: directory.into(), at: None, message }])
+}
+
+/// Waits for changes of the policy files.
+pub(super) struct Changes {
+    events: mpsc::Receiver<()>,
+    /// Ends the watch when it is dropped. `None` if the kernel refuses it.
+    _watcher: Option<RecommendedWatcher>,
+}
+
+impl Changes {
+    pub(super) fn of(directory: &Path) -> Changes {
+        let (sender, events) = mpsc::channel(1);
+        let (own, parent) = (directory.to_owned(), directory.parent().map(PathBuf::from));
+        let watched = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // One that waits stands for all others. What lies beside the directory is no change.
+            let concerns = |event: &notify::Event| {
+                event.need_rescan() || event.paths.iter().any(|path| path.starts_with(&own))
+            };
+            let is_read = |event: &notify::Event| event.kind.is_access();
+            if event.is_ok_and(|event| concerns(&event) && !is_read(&event)) {
+                let _ = sender.try_send(());
+            }
+        });
+        let watched = watched.and_then(|mut watcher| {
+            // The directory may come later, or be replaced.
+            if let Some(parent) = parent.filter(|parent| parent.is_dir()) {
+                watcher.watch(&parent, RecursiveMode::NonRecursive)?;
+            }
+            if directory.is_dir() {
+                watcher.watch(directory, RecursiveMode::NonRecursive)?;
+            }
+            Ok(watcher)
+        });
+        if let Err(err) = &watched {
+            tracing::warn!(
+                "changes of {} are not noticed ({err}): driftd policy reload reads the files",
+                directory.display()
+            );
+        }
+        Changes { events, _watcher: watched.ok() }
+    }
+
+    /// Returns when the files have changed and are left alone.
+    pub(super) async fn next(&mut self) {
+        if self.events.recv().await.is_none() {
+            // Nothing is watched.
+            std::future::pending::<()>().await;
+        }
+        while let Ok(Some(())) = tokio::time::timeout(SETTLE, self.events.recv()).await {}
+    }
+}

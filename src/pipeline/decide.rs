@@ -1,0 +1,131 @@
+//! The decision of the policy about what was found, before it becomes a finding: rules see the
+//! finding that it would be. What an exception accepts is counted in one finding for each rule,
+//! kind and container, apart from all that is reported.
+//!
+//! `policy` decides; `aggregation` keeps; `responses` requests what the decision asks for.
+
+use jiff::Timestamp;
+
+use super::aggregation::Group;
+use super::evidence::Emission;
+use super::messages::Effect;
+use super::state::State;
+use crate::inventory::{Aspect, BaselineState, Entry};
+use crate::model::{
+    ContainerId, Finding, FindingId, Observation, Process, ProcessIdentity, RootfsPath,
+    bytes_of_printable,
+};
+use crate::policy::{Decision, Subject};
+
+impl State {
+    /// The decision about one judgement.
+    pub(super) fn decide_emission(&self, emission: &Emission<'_>) -> Decision {
+        let Emission { observation, judgement, evidence, now, .. } = *emission;
+        if !self.policy.has_rules() {
+            return Decision { verdict: self.policy.report(), severity: judgement.severity };
+        }
+        let id = FindingId::new(Some(&observation.container), judgement.kind, &evidence.subject());
+        let finding = self.make_finding(id, emission);
+        let session =
+            self.sessions.session(&observation.container, observation.session, evidence.process);
+        let subject = Subject {
+            finding: &finding,
+            severity: judgement.severity,
+            session,
+            may_be_of_session: self.may_be_of_session(observation, evidence.process),
+        };
+        self.policy.decide(&subject, now)
+    }
+
+    /// The decision about a finding that is no judgement of a fact.
+    pub(super) fn decide_finding(&self, finding: &Finding, now: Timestamp) -> Decision {
+        let container = finding.container_id();
+        let session = container
+            .zip(finding.session)
+            .and_then(|(container, id)| self.sessions.with_id(container, id));
+        let severity = finding.severity;
+        // It is about a session itself, about a container or about a layer.
+        let subject = Subject { finding, severity, session, may_be_of_session: false };
+        self.policy.decide(&subject, now)
+    }
+
+    /// Whether a process that is not known, or whose parents are not, may have acted in a
+    /// session.
+    fn may_be_of_session(&self, observation: &Observation, process: Option<&Process>) -> bool {
+        let descends = process.is_some_and(|process| process.descends_from(observation.init));
+        !descends && self.sessions.had_any(&observation.container)
+    }
+
+    /// Counts what an exception accepts. It is kept, and nothing else follows from it.
+    pub(super) fn accept(&mut self, emission: &Emission<'_>, effects: &mut Vec<Effect>) {
+        let Emission { observation, judgement, evidence, now, .. } = *emission;
+        let kind = judgement.kind;
+        let group = Group::accepted(kind, emission.verdict.rule.as_deref().unwrap_or_default());
+        let Some(path) = evidence.path else {
+            let finding = self.make_finding(group.id(&observation.container), emission);
+            self.accept_finding(&observation.container, finding, now, effects);
+            return;
+        };
+        self.put_accepted(group, path, emission, effects);
+    }
+
+    /// The same for a finding that is not about a file.
+    pub(super) fn accept_finding(
+        &mut self,
+        container: &ContainerId,
+        finding: Finding,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let rule = finding.verdict.rule.clone().unwrap_or_default();
+        let id = Group::accepted(finding.kind, &rule).id(container);
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        match entry.findings.get_mut(&id) {
+            Some(known) => {
+                known.count += finding.count;
+                known.last_seen = known.last_seen.max(finding.last_seen);
+                known.run = finding.run.or(known.run);
+                known.verdict = finding.verdict;
+                self.unpublished.push(container, id, None, now);
+            }
+            None => {
+                let finding = Finding { id, ..finding };
+                effects.push(Effect::finding(&finding));
+                entry.insert_finding(finding);
+            }
+        }
+    }
+
+    /// Which of the processes of a finding run an unchanged program of the image.
+    pub(super) fn from_image<'a>(
+        entry: &Entry,
+        processes: impl Iterator<Item = &'a Process>,
+    ) -> Option<Vec<ProcessIdentity>> {
+        let BaselineState::Ready(image) = &entry.baseline.state else { return None };
+        let is_own = |exe: Option<&str>| {
+            let path = exe.and_then(|exe| RootfsPath::new(bytes_of_printable(exe)).ok());
+            path.is_some_and(|path| super::aggregation::is_untouched(entry, image, &path))
+        };
+        let mut own = Vec::new();
+        for process in processes {
+            // With a root directory of its own, a path means another file.
+            if process.root.is_some() {
+                continue;
+            }
+            // The last ancestor may be the first one outside of the container.
+            let inside = process.ancestors.len().saturating_sub(1);
+            let ancestors = process.ancestors[..inside].iter();
+            let all = ancestors.map(|ancestor| (ancestor.identity, ancestor.exe.as_deref()));
+            let all = std::iter::once((process.identity, process.exe.as_deref())).chain(all);
+            own.extend(all.filter(|(_, exe)| is_own(*exe)).map(|(identity, _)| identity));
+        }
+        own.sort_unstable();
+        own.dedup();
+        Some(own)
+    }
+}
+
+/// Whether an exception has accepted something about a path.
+pub(super) fn was_accepted(entry: &Entry, path: &RootfsPath) -> bool {
+    Aspect::accepted().any(|aspect| entry.members.of(aspect, path).is_some())
+}

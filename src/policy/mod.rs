@@ -1,0 +1,145 @@
+//! Decides what happens to a finding: it is reported, accepted as expected, or answered.
+//!
+//! ```text
+//! files ─> text ─> rule, condition ─> set ─> Policy ── decide(finding) ─> Decision
+//! ```
+//!
+//! Deciding is pure: the rules, a finding and a time in, a decision out. The pipeline requests no
+//! automatic response without one. Only `files` reads the disk.
+
+mod condition;
+mod files;
+mod images;
+mod rule;
+mod set;
+#[cfg(test)]
+mod tests;
+mod text;
+
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+
+pub use self::condition::Subject;
+pub use self::files::{Fault, Loaded, MAX_FILE, Owners, PolicyFile, Refused, parse, read};
+pub use self::rule::{Answer, Effect, Place, Rule};
+pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
+use crate::config::{Config, Enforce};
+use crate::model::{Disposition, Kind, PathGlobs, Severity, Verdict};
+
+/// The JSON Schema of a policy file.
+pub fn schema() -> serde_json::Value {
+    schemars::schema_for!(text::FileText).into()
+}
+
+/// The ID of the rule that the setting `respond.kill_on` makes.
+pub const KILL_ON: &str = "respond.kill_on";
+
+/// The rules in force, with the number of times that they were replaced: the verdict names
+/// the policy that it was decided by.
+#[derive(Debug, Clone, Default)]
+pub struct Policy {
+    pub generation: u64,
+    pub rules: Arc<RuleSet>,
+    pub enforce: Enforce,
+    /// The name and the hash of the policy files.
+    pub version: Option<String>,
+    pub digest: Option<String>,
+    pub files: Arc<[PolicyFile]>,
+    /// Why the policy files as they are now were refused.
+    pub refused: Option<String>,
+    /// The paths at which a new or changed file is `file.persistence`.
+    pub persistence: PathGlobs,
+    /// How long a command that the runtime executes waits for a rhythm before it is reported:
+    /// a command that comes again and again is a probe.
+    pub probe_patience: SignedDuration,
+}
+
+/// What happens to a finding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    pub verdict: Verdict,
+    pub severity: Severity,
+}
+
+impl Policy {
+    /// The policy that the settings and the policy files describe.
+    pub fn of(config: &Config, loaded: Option<&Loaded>) -> Policy {
+        let rules = loaded.map(|loaded| loaded.rules.rules()).unwrap_or_default();
+        let kill_on = Rule::kill_on(config.respond.kill_on.iter().copied());
+        let all: Vec<Rule> = rules.iter().cloned().chain(kill_on).collect();
+        // The files were checked when they were read, and none of their rules has that ID.
+        let rules = RuleSet::new(all).unwrap_or_default();
+        Policy {
+            generation: 1,
+            rules: Arc::new(rules),
+            enforce: config.policy.enforce,
+            version: loaded.and_then(|loaded| loaded.version.clone()),
+            digest: loaded.and_then(|loaded| loaded.digest.clone()),
+            files: loaded.map(|loaded| Arc::clone(&loaded.files)).unwrap_or_default(),
+            refused: None,
+            persistence: config.watch.persistence.clone(),
+            probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
+        }
+    }
+
+    /// A policy with the setting `respond.kill_on` alone.
+    #[cfg(test)]
+    pub fn killing(kinds: &[Kind]) -> Policy {
+        let respond = crate::config::Respond { kill_on: kinds.iter().copied().collect() };
+        Policy::of(&Config { respond, ..Config::default() }, None)
+    }
+
+    /// Whether a finding may have another decision than to be reported as it is.
+    pub fn has_rules(&self) -> bool {
+        !self.rules.is_empty()
+    }
+
+    /// Whether an answer to findings of this kind may be carried out.
+    pub fn may_answer(&self, kind: Kind, now: Timestamp) -> bool {
+        self.rules.may_answer(kind, now)
+    }
+
+    /// The decision about a finding that no rule is for.
+    pub fn report(&self) -> Verdict {
+        Verdict {
+            disposition: Disposition::Report,
+            action: None,
+            rule: None,
+            policy_generation: self.generation,
+            rules: Vec::new(),
+            dry_run: false,
+            unchanged_severity: None,
+        }
+    }
+
+    pub fn decide(&self, subject: &Subject<'_>, now: Timestamp) -> Decision {
+        let matched = self.rules.decide(subject, now);
+        let text = |id: &Arc<str>| id.to_string();
+        let severity =
+            matched.severity.as_ref().map_or(subject.severity, |(severity, _)| *severity);
+        let mut verdict = self.report();
+        verdict.rules = matched.rules.iter().map(text).collect();
+        verdict.rule = matched.severity.as_ref().map(|(_, rule)| text(rule));
+        verdict.unchanged_severity = matched.severity.is_some().then_some(subject.severity);
+        if let Some(rule) = &matched.accepted_by {
+            verdict.disposition = Disposition::Accept;
+            verdict.rule = Some(text(rule));
+        }
+        for (answer, asked) in &matched.answers {
+            let enforce = if asked.always_enforced { Enforce::On } else { self.enforce };
+            if enforce == Enforce::Off {
+                continue;
+            }
+            verdict.action = Some(answer.name().to_owned());
+            verdict.rule = Some(text(&asked.rule));
+            verdict.dry_run = enforce == Enforce::DryRun;
+            if enforce == Enforce::On {
+                verdict.disposition = match answer {
+                    Answer::Kill => Disposition::Kill,
+                };
+            }
+        }
+        Decision { verdict, severity }
+    }
+}

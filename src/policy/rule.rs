@@ -1,0 +1,190 @@
+//! One rule, checked: its effect, its end, its answers and its conditions.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
+
+use super::condition::{Condition, conditions};
+use super::text::{AnswerText, EffectText, RuleText};
+use crate::model::{Kind, Severity};
+
+/// The longest ID of a rule, and the longest reason.
+const MAX_ID: usize = 64;
+const MAX_TEXT: usize = 1024;
+
+/// What happens to a finding that a rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    Accept,
+    Report,
+    Severity(Severity),
+}
+
+/// What driftd does about a finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Kill,
+}
+
+impl Answer {
+    pub fn name(self) -> &'static str {
+        match self {
+            Answer::Kill => "kill",
+        }
+    }
+}
+
+/// Where a rule is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub file: Arc<str>,
+    pub line: usize,
+}
+
+#[derive(Clone, Debug)]
+pub struct Rule {
+    pub id: Arc<str>,
+    pub reason: String,
+    pub owner: Option<String>,
+    /// From when on it does not apply; `None`: never.
+    pub expires: Option<Timestamp>,
+    pub effect: Effect,
+    pub answers: Vec<Answer>,
+    pub pinned: bool,
+    /// Its answers are carried out whatever `policy.enforce` says.
+    pub always_enforced: bool,
+    pub place: Place,
+    pub(super) conditions: Vec<Condition>,
+}
+
+impl Rule {
+    /// Checks a rule. The error says which key is wrong, and why.
+    pub(super) fn new(text: RuleText, place: Place) -> Result<Rule, String> {
+        let RuleText {
+            id,
+            reason,
+            owner,
+            expires,
+            effect,
+            severity,
+            answer,
+            pinned,
+            conditions: of,
+        } = text;
+        check_id(&id)?;
+        check_text("reason", &reason)?;
+        owner.as_deref().map_or(Ok(()), |owner| check_text("owner", owner))?;
+        let effect = match (effect, severity) {
+            (EffectText::Accept, None) => Effect::Accept,
+            (EffectText::Report, None) => Effect::Report,
+            (EffectText::Severity, Some(text)) => {
+                Effect::Severity(text.parse().map_err(|err| format!("`severity`: {err}"))?)
+            }
+            (EffectText::Severity, None) => {
+                return Err("`severity` is missing: which severity do findings get?".to_owned());
+            }
+            (_, Some(_)) => return Err("`severity` needs `effect = \"severity\"`".to_owned()),
+        };
+        let is_exception = effect == Effect::Accept;
+        if is_exception && !answer.is_empty() {
+            return Err("`answer` does not go with `effect = \"accept\"`".to_owned());
+        }
+        if is_exception && pinned {
+            return Err("`pinned` is for rules that no exception overrides".to_owned());
+        }
+        let expires = match expires {
+            None if is_exception => {
+                return Err("`expires` is missing: a date, or \"never\"".to_owned());
+            }
+            None => None,
+            Some(value) => end(&value)?,
+        };
+        let answers = answer.into_iter().map(|answer| match answer {
+            AnswerText::Kill => Answer::Kill,
+        });
+        Ok(Rule {
+            id: id.into(),
+            reason,
+            owner,
+            expires,
+            effect,
+            answers: answers.collect(),
+            pinned,
+            always_enforced: false,
+            place,
+            conditions: conditions(of, is_exception)?,
+        })
+    }
+
+    /// The rule that the setting `respond.kill_on` stands for.
+    pub(super) fn kill_on(kinds: impl Iterator<Item = Kind>) -> Option<Rule> {
+        let kinds: Vec<Kind> = kinds.collect();
+        (!kinds.is_empty()).then(|| Rule {
+            id: super::KILL_ON.into(),
+            reason: "the setting respond.kill_on".to_owned(),
+            owner: None,
+            expires: None,
+            effect: Effect::Report,
+            answers: vec![Answer::Kill],
+            pinned: false,
+            always_enforced: true,
+            place: Place { file: "driftd.toml".into(), line: 0 },
+            conditions: vec![Condition::Kind(kinds)],
+        })
+    }
+
+    pub fn is_expired(&self, now: Timestamp) -> bool {
+        self.expires.is_some_and(|end| end <= now)
+    }
+
+    pub fn is_exception(&self) -> bool {
+        self.effect == Effect::Accept
+    }
+}
+
+fn check_id(id: &str) -> Result<(), String> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    if id == super::KILL_ON {
+        return Err(format!("the id `{id}` stands for the setting of that name"));
+    }
+    if id.is_empty() || id.len() > MAX_ID || !id.bytes().all(is_plain) {
+        return Err(format!(
+            "`id` has 1 to {MAX_ID} letters, digits, `.`, `_` or `-`, and this has not"
+        ));
+    }
+    Ok(())
+}
+
+fn check_text(key: &str, text: &str) -> Result<(), String> {
+    if text.trim().is_empty() {
+        return Err(format!("`{key}` is empty"));
+    }
+    if text.len() > MAX_TEXT || text.chars().any(char::is_control) {
+        return Err(format!("`{key}` has more than {MAX_TEXT} bytes, or control characters"));
+    }
+    Ok(())
+}
+
+/// From when on a rule does not apply.
+fn end(value: &toml::Value) -> Result<Option<Timestamp>, String> {
+    let wrong = "`expires` is a date (2027-03-01), a time with an offset \
+                 (2027-03-01T12:00:00Z), or \"never\"";
+    let text = match value {
+        toml::Value::String(text) if text == "never" => return Ok(None),
+        toml::Value::String(text) => text.clone(),
+        toml::Value::Datetime(time) => time.to_string(),
+        _ => return Err(wrong.to_owned()),
+    };
+    if let Ok(time) = text.parse::<Timestamp>() {
+        return Ok(Some(time));
+    }
+    let date: Date = text.parse().map_err(|_| wrong.to_owned())?;
+    // A text with a time of day and without an offset is read as a date, too.
+    if text.len() != "2027-03-01".len() {
+        return Err(wrong.to_owned());
+    }
+    let start = date.to_zoned(TimeZone::UTC).map_err(|_| wrong.to_owned())?;
+    Ok(Some(start.timestamp()))
+}

@@ -1,0 +1,601 @@
+//! Rules against the published example of a finding, one key after the other; the order of rules;
+//! files with faults; and what holds for any rules.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::Respond;
+use crate::model::{Finding, Interactive, RootfsPath, Session, SessionId};
+
+fn finding() -> Finding {
+    let mut finding: Finding =
+        serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap();
+    finding.session = None;
+    finding
+}
+
+fn session() -> Session {
+    serde_json::from_str(include_str!("../../tests/data/session.json")).unwrap()
+}
+
+fn now() -> Timestamp {
+    "2026-11-29T12:00:00Z".parse().unwrap()
+}
+
+fn file(name: &str, text: &str) -> PolicyFile {
+    PolicyFile { name: name.to_owned(), text: text.to_owned() }
+}
+
+fn loaded(text: &str) -> Loaded {
+    parse(Path::new("/p"), vec![file("a.toml", text)]).unwrap_or_else(|err| panic!("{err}"))
+}
+
+/// A rule with these conditions.
+fn rule(id: &str, head: &str, conditions: &str) -> String {
+    format!("[[rule]]\nid = \"{id}\"\nreason = \"a test\"\n{head}\n[rule.match]\n{conditions}\n")
+}
+
+const ACCEPT: &str = "effect = \"accept\"\nexpires = \"never\"";
+const REPORT: &str = "effect = \"report\"";
+
+fn policy(text: &str) -> Policy {
+    Policy { enforce: Enforce::On, ..Policy::of(&Config::default(), Some(&loaded(text))) }
+}
+
+fn subject(finding: &Finding) -> Subject<'_> {
+    Subject { finding, severity: finding.severity, session: None, may_be_of_session: false }
+}
+
+fn decide(text: &str, finding: &Finding) -> Decision {
+    policy(text).decide(&subject(finding), now())
+}
+
+fn accepts(text: &str, finding: &Finding) -> bool {
+    decide(text, finding).verdict.disposition == Disposition::Accept
+}
+
+/// Whether an exception with these conditions accepts the example.
+#[track_caller]
+fn check(conditions: &str, expected: bool) {
+    assert_eq!(accepts(&rule("x", ACCEPT, conditions), &finding()), expected, "{conditions}");
+}
+
+#[test]
+fn each_key_matches_what_it_names_and_nothing_else() {
+    check("kind = [\"exec.*\"]", true);
+    check("kind = [\"file.*\", \"exec.modified\"]", true);
+    check("kind = [\"exec.new\"]", false);
+    check("severity = \"critical\"", true);
+    check("severity = \">=high\"", true);
+    check("severity = \"<=high\"", false);
+    check("image = [\"registry.example/shop\"]", true);
+    check("image = [\"registry.example/shop:1.4\"]", true);
+    check("image = [\"registry.example/shop:1.5\"]", false);
+    check("image = [\"registry.example/*\"]", true);
+    check("image = [\"shop\"]", false);
+    check(&format!("image = [\"sha256:{}\"]", "1".repeat(64)), true);
+    check(&format!("image = [\"sha256:{}\"]", "2".repeat(64)), false);
+    check("path = [\"/usr/**\"]", true);
+    check("path = [\"/usr/*\"]", false);
+    check("path = [\"/opt/**\", \"/usr/bin/curl\"]", true);
+    check(&format!("content = [\"blake3:{}\"]", "3".repeat(64)), true);
+    check(&format!("content = [\"sha256:{}\"]", "4".repeat(64)), true);
+    check(&format!("content = [\"sha256:{}\"]", "3".repeat(64)), false);
+    check("ancestor = { path = \"/bin/sh\", from_image = true }", true);
+    check("ancestor = { path = \"/bin/bash\" }", false);
+    check("ancestor = { path = \"/usr/bin/containerd-shim-runc-v2\" }", true);
+    check("ancestor = { path = \"/usr/bin/containerd-shim-runc-v2\", from_image = true }", false);
+    check("writer = { path = \"/usr/bin/npm\", from_image = true }", true);
+    check("writer = { path = \"/usr/bin/pip\" }", false);
+    check("filesystem = [\"overlay\", \"tmpfs\"]", true);
+    check("filesystem = [\"volume\"]", false);
+    check("container = [\"4f1c*\"]", true);
+    check("container = [\"web-*\"]", false);
+    check("namespace = [\"k8s.io\"]", true);
+    check("namespace = [\"default\"]", false);
+    check("pod_namespace = [\"pro*\"]", true);
+    check("pod_namespace = [\"ci-*\"]", false);
+    check("pod = [\"shop-*\"]", true);
+    check("pod = [\"web-*\"]", false);
+    check("label = { app = \"shop\" }", true);
+    check("label = { app = \"web\" }", false);
+    check("label = { team = \"*shop\" }", false);
+    check("runtime = [\"io.containerd.runc.*\"]", true);
+    check("runtime = [\"io.containerd.kata.v2\"]", false);
+    check("argv = [\"curl -s *\"]", true);
+    check("argv = [\"wget *\"]", false);
+    check("user = [0, 1000]", true);
+    check("user = [1000]", false);
+    check("within = \"13s\"", true);
+    check("within = \"12s\"", false);
+    check("session = \"none\"", true);
+    check("session = \"any\"\nkind = [\"exec.*\"]", true);
+    check("session = \"interactive\"", false);
+    check("entry = [\"runtime_exec\"]", false);
+    check("requester = [\"*a*\"]", false);
+    check("kind = [\"exec.*\"]\npath = [\"/opt/**\"]", false);
+    check("everything = true", true);
+}
+
+#[test]
+fn what_a_person_did_is_accepted_only_by_a_rule_that_says_so() {
+    let mut session = session();
+    session.interactive = Some(Interactive::Terminal);
+    session.requested_by = Some("alice@example".to_owned());
+    let mut drift = finding();
+    drift.session = Some(session.id);
+    let decide = |conditions: &str, session: Option<&Session>, may_be_of_session| {
+        let text = rule("x", ACCEPT, conditions);
+        let subject = Subject { session, may_be_of_session, ..subject(&drift) };
+        policy(&text).decide(&subject, now()).verdict.disposition == Disposition::Accept
+    };
+    assert!(!decide("kind = [\"exec.*\"]", Some(&session), false));
+    assert!(!decide("kind = [\"exec.*\"]", None, false), "a session that is not known any more");
+    assert!(!decide("everything = true", Some(&session), false));
+    assert!(decide("kind = [\"exec.*\"]\nsession = \"any\"", Some(&session), false));
+    assert!(decide("session = \"interactive\"", Some(&session), false));
+    assert!(!decide("session = \"interactive\"", None, false));
+    assert!(decide("session = \"any\"\nrequester = [\"alice@*\"]", Some(&session), false));
+    assert!(!decide("session = \"any\"\nrequester = [\"bob@*\"]", Some(&session), false));
+    let entry = format!("session = \"any\"\nentry = [\"{}\"]", session.entry.name());
+    assert!(decide(&entry, Some(&session), false));
+    assert!(!decide("session = \"any\"\nentry = [\"attach\"]", Some(&session), false));
+
+    drift.session = None::<SessionId>;
+    let decide = |may_be_of_session| {
+        let text = rule("x", ACCEPT, "kind = [\"exec.*\"]");
+        let subject = Subject { may_be_of_session, ..subject(&drift) };
+        policy(&text).decide(&subject, now()).verdict.disposition == Disposition::Accept
+    };
+    assert!(decide(false));
+    assert!(!decide(true), "it is not known who did it");
+}
+
+#[test]
+fn what_is_not_known_meets_no_condition() {
+    let mut bare = finding();
+    (bare.file, bare.process, bare.writer, bare.from_image) = (None, None, None, None);
+    (bare.container, bare.after_start_milliseconds, bare.container_runtime) = (None, None, None);
+    bare.image = crate::model::ImageReference::default();
+    for conditions in [
+        "image = [\"registry.example/shop\"]",
+        "path = [\"/usr/**\"]",
+        "filesystem = [\"overlay\"]",
+        "ancestor = { path = \"/bin/sh\" }",
+        "writer = { path = \"/usr/bin/npm\" }",
+        "container = [\"4f1c*\"]",
+        "namespace = [\"k8s.io\"]",
+        "pod = [\"shop-*\"]",
+        "label = { app = \"shop\" }",
+        "runtime = [\"io.*\"]",
+        "argv = [\"curl*\"]",
+        "user = [0]",
+        "within = \"1h\"",
+    ] {
+        assert!(!accepts(&rule("x", ACCEPT, conditions), &bare), "{conditions}");
+    }
+    assert!(accepts(&rule("x", ACCEPT, "kind = [\"exec.*\"]"), &bare));
+}
+
+#[test]
+fn the_first_exception_that_matches_is_named_and_a_pinned_rule_stands_above_all() {
+    let first = rule("first", ACCEPT, "path = [\"/opt/**\"]");
+    let second = rule("second", ACCEPT, "kind = [\"exec.*\"]");
+    let third = rule("third", ACCEPT, "path = [\"/usr/**\"]");
+    let kill = rule("kill", "effect = \"report\"\nanswer = [\"kill\"]", "kind = [\"exec.*\"]");
+    let decision = decide(&[first, second, third, kill].concat(), &finding());
+    assert_eq!(decision.verdict.rule.as_deref(), Some("second"));
+    assert_eq!(decision.verdict.disposition, Disposition::Accept);
+    assert_eq!(decision.verdict.rules, Vec::<String>::new());
+
+    let accept = rule("accept", ACCEPT, "kind = [\"exec.*\"]");
+    let pinned = "effect = \"report\"\nanswer = [\"kill\"]\npinned = true";
+    let pinned = rule("hashes", pinned, &format!("content = [\"blake3:{}\"]", "3".repeat(64)));
+    let decision = decide(&(accept.clone() + &pinned), &finding());
+    assert_eq!(decision.verdict.disposition, Disposition::Kill);
+    assert_eq!(decision.verdict.rule.as_deref(), Some("hashes"));
+    let mut other = finding();
+    other.file.as_mut().unwrap().blake3 = None;
+    assert!(accepts(&(accept + &pinned), &other));
+}
+
+#[test]
+fn every_matching_rule_counts_and_the_strongest_severity_wins() {
+    let severity = |id, name| {
+        rule(id, &format!("effect = \"severity\"\nseverity = \"{name}\""), "kind = [\"exec.*\"]")
+    };
+    let text =
+        severity("low", "low") + &severity("medium", "medium") + &rule("r", REPORT, "user = [0]");
+    let Decision { verdict, severity } = decide(&text, &finding());
+    assert_eq!(severity, Severity::Medium, "a rule may lower it, never silently");
+    assert_eq!(verdict.unchanged_severity, Some(Severity::Critical));
+    assert_eq!(verdict.rule.as_deref(), Some("medium"));
+    assert_eq!(verdict.rules, ["low", "medium", "r"]);
+    assert_eq!(verdict.disposition, Disposition::Report);
+    // The condition is about the severity that the finding has without rules.
+    let chain = rule("a", "effect = \"severity\"\nseverity = \"low\"", "severity = \"critical\"")
+        + &rule("b", ACCEPT, "severity = \"<=low\"");
+    assert_eq!(decide(&chain, &finding()).severity, Severity::Low);
+}
+
+#[test]
+fn an_answer_is_carried_out_only_if_answers_are_switched_on() {
+    let kill = rule("kill", "effect = \"report\"\nanswer = [\"kill\"]", "kind = [\"exec.*\"]");
+    for (enforce, disposition, action, dry_run) in [
+        (Enforce::Off, Disposition::Report, None, false),
+        (Enforce::DryRun, Disposition::Report, Some("kill"), true),
+        (Enforce::On, Disposition::Kill, Some("kill"), false),
+    ] {
+        let policy = Policy { enforce, ..policy(&kill) };
+        let verdict = policy.decide(&subject(&finding()), now()).verdict;
+        assert_eq!(verdict.disposition, disposition, "{enforce:?}");
+        assert_eq!((verdict.action.as_deref(), verdict.dry_run), (action, dry_run), "{enforce:?}");
+    }
+    assert_eq!(Config::default().policy.enforce, Enforce::DryRun);
+}
+
+#[test]
+fn out_of_the_box_it_only_reports() {
+    let policy = Policy::of(&Config::default(), None);
+    for kind in Kind::ALL {
+        let mut finding = finding();
+        (finding.kind, finding.severity) = (*kind, kind.severity());
+        let decision = policy.decide(&subject(&finding), now());
+        assert_eq!(decision, Decision { verdict: policy.report(), severity: kind.severity() });
+        assert_eq!(decision.verdict.disposition, Disposition::Report, "{kind}");
+    }
+}
+
+#[test]
+fn the_setting_kill_on_is_a_rule_that_is_always_enforced() {
+    let respond = Respond { kill_on: [Kind::ExecModified].into() };
+    let config = Config { respond, ..Config::default() };
+    let accept = rule("accept", ACCEPT, "path = [\"/usr/**\"]");
+    for enforce in [Enforce::Off, Enforce::DryRun, Enforce::On] {
+        let policy = Policy { enforce, generation: 3, ..Policy::of(&config, None) };
+        let verdict = policy.decide(&subject(&finding()), now()).verdict;
+        assert_eq!(verdict.disposition, Disposition::Kill, "{enforce:?}");
+        assert_eq!(verdict.rule.as_deref(), Some("respond.kill_on"));
+        assert_eq!((verdict.policy_generation, verdict.dry_run), (3, false));
+        assert!(policy.may_answer(Kind::ExecModified, now()));
+        assert!(!policy.may_answer(Kind::ExecNew, now()));
+        let mut other = finding();
+        other.kind = Kind::FileAdded;
+        let verdict = policy.decide(&subject(&other), now()).verdict;
+        assert_eq!(verdict.disposition, Disposition::Report);
+    }
+    let policy = Policy::of(&config, Some(&loaded(&accept)));
+    let verdict = policy.decide(&subject(&finding()), now()).verdict;
+    assert_eq!(verdict.disposition, Disposition::Accept, "an exception comes first");
+}
+
+#[test]
+fn a_rule_ends_at_the_second() {
+    for (expires, end) in [
+        ("2027-03-01", "2027-03-01T00:00:00Z"),
+        ("2027-03-01T10:00:00+02:00", "2027-03-01T08:00:00Z"),
+        ("\"2027-03-01\"", "2027-03-01T00:00:00Z"),
+    ] {
+        let head = format!("effect = \"accept\"\nexpires = {expires}");
+        let policy = policy(&rule("x", &head, "kind = [\"exec.*\"]"));
+        let end: Timestamp = end.parse().unwrap();
+        let at = |at| policy.decide(&subject(&finding()), at).verdict.disposition;
+        let just_before = end - SignedDuration::from_nanos(1);
+        assert_eq!(at(just_before), Disposition::Accept, "{expires}");
+        assert_eq!(at(end), Disposition::Report, "{expires}");
+    }
+}
+
+#[test]
+fn explain_names_the_first_condition_that_fails() {
+    let text = [
+        rule("no", ACCEPT, "kind = [\"exec.*\"]\npath = [\"/opt/**\"]"),
+        rule("yes", ACCEPT, "kind = [\"exec.*\"]"),
+        rule("late", ACCEPT, "path = [\"/usr/**\"]"),
+        rule("old", "effect = \"accept\"\nexpires = 2026-01-01", "path = [\"/usr/**\"]"),
+        rule("loud", REPORT, "user = [0]"),
+    ];
+    let loaded = loaded(&text.concat());
+    let finding = finding();
+    let subject = subject(&finding);
+    let reasons: Vec<(String, Reason)> = loaded
+        .rules
+        .explain(&subject, now())
+        .map(|(rule, reason)| (rule.id.to_string(), reason))
+        .collect();
+    let end = "2026-01-01T00:00:00Z".parse().unwrap();
+    let expected = [
+        ("no", Reason::Fails { key: "path", actual: "/usr/bin/curl".to_owned() }),
+        ("yes", Reason::Matches),
+        ("late", Reason::Overridden("yes".into())),
+        ("old", Reason::Expired(end)),
+        ("loud", Reason::Overridden("yes".into())),
+    ];
+    assert_eq!(reasons, expected.map(|(id, reason)| (id.to_owned(), reason)));
+}
+
+/// The faults of one file, as they are printed.
+fn faults(text: &str) -> String {
+    match parse(Path::new("/p"), vec![file("a.toml", text)]) {
+        Ok(_) => panic!("accepted: {text}"),
+        Err(refused) => refused.to_string(),
+    }
+}
+
+#[track_caller]
+fn check_fault(text: &str, expected: &str) {
+    let found = faults(text);
+    assert!(found.contains(expected), "{found:?} has no {expected:?}");
+    assert!(found.starts_with("/p/a.toml:"), "{found}");
+}
+
+#[test]
+fn a_fault_is_named_with_its_file_line_and_column() {
+    let kind = "kind = [\"exec.*\"]";
+    check_fault("[[rule]]\nid = \"x\"\n", "/p/a.toml:1:1: missing field `reason`");
+    check_fault(
+        &rule("x", "effect = \"accept\"", kind),
+        "a.toml:1:1: rule `x`: `expires` is missing",
+    );
+    check_fault(&rule("x", ACCEPT, "paths = [\"/a\"]"), "a.toml:7:1: unknown field `paths`");
+    check_fault(&rule("x", ACCEPT, "path = \"/a\""), "a.toml:7:8: invalid type: string");
+    check_fault(&rule("x", "effect = \"drop\"", kind), "a.toml:4:10: unknown variant `drop`");
+    check_fault(&rule("x y", ACCEPT, kind), "`id` has 1 to 64 letters");
+    check_fault(&rule("respond.kill_on", ACCEPT, kind), "stands for the setting");
+    check_fault(
+        &rule("x", &format!("{ACCEPT}\nanswer = [\"kill\"]"), kind),
+        "`answer` does not go",
+    );
+    check_fault(&rule("x", &format!("{ACCEPT}\npinned = true"), kind), "`pinned` is for rules");
+    check_fault(&rule("x", &format!("{ACCEPT}\nseverity = \"low\""), kind), "`severity` needs");
+    check_fault(&rule("x", "effect = \"severity\"", kind), "`severity` is missing");
+    check_fault(
+        &rule("x", "effect = \"severity\"\nseverity = \"worst\"", kind),
+        "`worst` is no severity",
+    );
+    check_fault(&rule("x", "effect = \"accept\"\nexpires = \"soon\"", kind), "`expires` is a date");
+    check_fault(
+        &rule("x", "effect = \"accept\"\nexpires = 2027-03-01T10:00:00", kind),
+        "`expires` is a date",
+    );
+    check_fault(&rule("x", ACCEPT, ""), "`match` is empty");
+    check_fault(&rule("x", REPORT, ""), "`match` is empty");
+    check_fault(
+        &rule("x", ACCEPT, "session = \"any\"\npath = [\"/**\"]"),
+        "`/**` matches everything",
+    );
+    check_fault(&rule("x", ACCEPT, "image = [\"*\"]"), "`*` matches everything");
+    check_fault(&rule("x", ACCEPT, "kind = [\"exek.*\"]"), "`kind`: `exek.*` is no finding kind");
+    check_fault(
+        &rule("x", ACCEPT, "path = [\"usr\"]"),
+        "`path`: the pattern `usr` starts with neither",
+    );
+    check_fault(&rule("x", ACCEPT, "path = [\"/[\"]"), "`path`: the pattern `/[` is wrong");
+    check_fault(&rule("x", ACCEPT, "pod = [\"[\"]"), "`pod`: the pattern `[` is wrong");
+    check_fault(&rule("x", ACCEPT, "content = [\"md5:00\"]"), "`content`: `md5:00` is neither");
+    check_fault(&rule("x", ACCEPT, "within = \"soon\""), "`within`: `soon` is no duration");
+    check_fault(&rule("x", ACCEPT, "filesystem = [\"nfs\"]"), "`filesystem`: `nfs` is none of");
+    check_fault(&rule("x", ACCEPT, "entry = [\"window\"]"), "`entry`: `window` is none of");
+    check_fault("version = \"1\"\nrules = 3\n", "a.toml:2:1: unknown field `rules`");
+    check_fault("[[rule]\n", "a.toml:1:");
+    // All faults are named, and what comes from the file is safe to print.
+    let two = rule("a", ACCEPT, "pod = [\"[\"]") + &rule("b", ACCEPT, "pod = [\"\\u001b[\"]");
+    let found = faults(&two);
+    assert_eq!(found.lines().count(), 2, "{found}");
+    assert!(!found.contains('\u{1b}') && found.contains("a.toml:8:1: rule `b`"), "{found}");
+}
+
+#[test]
+fn one_id_is_one_rule_in_all_files_together() {
+    let one = rule("x", ACCEPT, "kind = [\"exec.*\"]");
+    let files = vec![file("a.toml", &one), file("b.toml", &one)];
+    let refused = parse(Path::new("/p"), files).unwrap_err().to_string();
+    assert_eq!(refused, "/p/b.toml:1:1: the id `x` is taken: see /p/a.toml:1");
+    let versions = vec![file("a.toml", "version = \"1\""), file("b.toml", "version = \"2\"")];
+    let refused = parse(Path::new("/p"), versions).unwrap_err().to_string();
+    assert!(refused.contains("another file has a `version`"), "{refused}");
+}
+
+#[test]
+fn a_set_has_a_version_and_a_hash_of_all_its_files() {
+    let text = format!("version = \"2026.11\"\n{}", rule("x", ACCEPT, "kind = [\"exec.*\"]"));
+    let of = |files: Vec<PolicyFile>| parse(Path::new("/p"), files).unwrap();
+    let one = of(vec![file("a.toml", &text)]);
+    assert_eq!(one.version.as_deref(), Some("2026.11"));
+    let digest = one.digest.clone().unwrap();
+    assert!(digest.starts_with("blake3:") && digest.len() == 71, "{digest}");
+    assert_eq!(of(vec![file("a.toml", &text)]).digest, Some(digest.clone()));
+    assert_ne!(of(vec![file("b.toml", &text)]).digest, Some(digest.clone()));
+    assert_ne!(of(vec![file("a.toml", &(text + " "))]).digest, Some(digest));
+    assert_eq!(of(Vec::new()).digest, None);
+}
+
+#[test]
+fn too_many_rules_are_refused_with_a_number() {
+    let one = |number: usize| rule(&format!("r{number}"), REPORT, "user = [0]");
+    let many: String = (0..=MAX_RULES).map(one).collect();
+    check_fault(&many, "there are 20001 rules, and at most 20000 may be");
+    let most: String = (0..10_000).map(one).collect();
+    assert_eq!(loaded(&most).rules.rules().len(), 10_000);
+}
+
+#[test]
+fn files_that_cannot_be_trusted_or_read_are_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let text = rule("x", ACCEPT, "kind = [\"exec.*\"]");
+    assert!(read(&path("none"), Owners::Own).unwrap().is_none());
+    assert!(read(directory.path(), Owners::Own).unwrap().unwrap().rules.is_empty());
+    std::fs::write(path("a.toml"), &text).unwrap();
+    std::fs::write(path("b.txt"), "no policy").unwrap();
+    std::fs::write(path(".c.toml"), "no policy").unwrap();
+    assert_eq!(read(directory.path(), Owners::Own).unwrap().unwrap().rules.rules().len(), 1);
+
+    let set_mode = |mode| {
+        std::fs::set_permissions(path("a.toml"), std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    set_mode(0o666);
+    let refused = read(directory.path(), Owners::Own).unwrap_err().to_string();
+    assert!(refused.contains("others than root may write to it"), "{refused}");
+    assert!(read(directory.path(), Owners::Any).unwrap().is_some());
+    set_mode(0o644);
+
+    // A FIFO would hold up the process that opens it.
+    let fifo = std::process::Command::new("mkfifo").arg(path("d.toml")).status().unwrap();
+    assert!(fifo.success());
+    let refused = read(directory.path(), Owners::Any).unwrap_err().to_string();
+    assert!(refused.contains("d.toml: cannot be read: it is no regular file"), "{refused}");
+    std::fs::remove_file(path("d.toml")).unwrap();
+
+    std::fs::File::create(path("e.toml")).unwrap().set_len(50 << 20).unwrap();
+    let refused = read(directory.path(), Owners::Any).unwrap_err().to_string();
+    assert!(refused.contains("e.toml: cannot be read: the policy files have more"), "{refused}");
+    std::fs::write(path("e.toml"), b"\xff").unwrap();
+    let refused = read(directory.path(), Owners::Any).unwrap_err().to_string();
+    assert!(refused.contains("e.toml: cannot be read"), "{refused}");
+}
+
+#[test]
+fn the_schema_names_each_key() {
+    let schema = schema().to_string();
+    for key in ["version", "reason", "expires", "pod_namespace", "from_image", "within"] {
+        assert!(schema.contains(&format!("\"{key}\"")), "{key}");
+    }
+    assert!(schema.contains("\"additionalProperties\":false"), "an unknown key is a fault");
+}
+
+/// Conditions, as many as rules of people have.
+fn some_conditions() -> impl Strategy<Value = String> {
+    let kind = prop::sample::select(vec!["", "kind = [\"exec.*\"]\n", "kind = [\"file.added\"]\n"]);
+    let path = prop::sample::select(vec![
+        "",
+        "path = [\"/opt/**\"]\n",
+        "path = [\"/opt/a\", \"/tmp/*\"]\n",
+        "path = [\"/usr/bin/*\"]\n",
+    ]);
+    let image = prop::sample::select(vec![
+        "",
+        "image = [\"registry.example/*\"]\n",
+        "image = [\"nginx\", \"registry.example/shop\"]\n",
+    ]);
+    let content = prop::sample::select(vec![
+        String::new(),
+        format!("content = [\"blake3:{}\"]\n", "7".repeat(64)),
+    ]);
+    let user = prop::sample::select(vec!["", "user = [0]\n"]);
+    (kind, path, image, content, user).prop_map(|(kind, path, image, content, user)| {
+        format!("everything = true\n{kind}{path}{image}{content}{user}")
+    })
+}
+
+fn some_rule() -> impl Strategy<Value = (String, String)> {
+    let head = prop::sample::select(vec![
+        ACCEPT,
+        REPORT,
+        "effect = \"severity\"\nseverity = \"low\"",
+        "effect = \"report\"\nanswer = [\"kill\"]",
+        "effect = \"report\"\npinned = true",
+    ]);
+    (head, some_conditions()).prop_map(|(head, conditions)| (head.to_owned(), conditions))
+}
+
+fn some_finding() -> impl Strategy<Value = Finding> {
+    let kind = prop::sample::select(vec![Kind::ExecNew, Kind::FileAdded, Kind::LibraryLoaded]);
+    let path = prop::sample::select(vec!["/opt/a", "/opt/b/c", "/tmp/x", "/usr/bin/curl"]);
+    let image =
+        prop::sample::select(vec!["docker.io/library/nginx:1", "registry.example/shop:1.4"]);
+    let content = prop::sample::select(vec!["3", "7"]);
+    let user = prop::option::of(0_u32..2);
+    (kind, path, image, content, user).prop_map(|(kind, path, image, content, user)| {
+        let mut finding = finding();
+        (finding.kind, finding.severity) = (kind, kind.severity());
+        finding.image.name = Some(image.to_owned());
+        let file = finding.file.as_mut().unwrap();
+        file.path = RootfsPath::new(path).unwrap();
+        file.blake3 = Some(content.repeat(64).parse().unwrap());
+        finding.process.as_mut().unwrap().uid = user;
+        finding
+    })
+}
+
+fn text_of(rules: &[(String, String)], first: usize) -> String {
+    let one = |(number, (head, conditions)): (usize, &(String, String))| {
+        rule(&format!("r{}", first + number), head, conditions)
+    };
+    rules.iter().enumerate().map(one).collect()
+}
+
+proptest! {
+    /// The index leaves out no rule that matches.
+    #[test]
+    fn the_index_decides_as_a_look_at_every_rule_does(
+        rules in prop::collection::vec(some_rule(), 0..12),
+        finding in some_finding(),
+    ) {
+        let loaded = loaded(&text_of(&rules, 0));
+        let subject = subject(&finding);
+        let matched = loaded.rules.decide(&subject, now());
+        let named: Vec<Arc<str>> = loaded
+            .rules
+            .explain(&subject, now())
+            .filter(|(_, reason)| *reason == Reason::Matches)
+            .map(|(rule, _)| Arc::clone(&rule.id))
+            .collect();
+        let found: Vec<Arc<str>> = matched.accepted_by.into_iter().chain(matched.rules).collect();
+        prop_assert_eq!(found, named);
+    }
+
+    /// One exception more changes the decision about nothing that it does not match.
+    #[test]
+    fn an_exception_hides_nothing_outside_of_its_match(
+        rules in prop::collection::vec(some_rule(), 0..8),
+        conditions in some_conditions(),
+        at in 0_usize..8,
+        finding in some_finding(),
+    ) {
+        let before = policy(&text_of(&rules, 0));
+        let exception = (ACCEPT.to_owned(), conditions);
+        let (first, rest) = rules.split_at(at.min(rules.len()));
+        let text = text_of(first, 0)
+            + &rule("added", &exception.0, &exception.1)
+            + &text_of(rest, first.len());
+        let after = policy(&text);
+        let subject = subject(&finding);
+        let alone = accepts(&rule("added", &exception.0, &exception.1), &finding);
+        let (one, other) = (before.decide(&subject, now()), after.decide(&subject, now()));
+        if !alone {
+            prop_assert_eq!(one, other);
+        } else if other.verdict.rule.as_deref() != Some("added") {
+            // A pinned rule or an earlier exception comes first.
+            prop_assert_eq!(one, other);
+        }
+    }
+
+    /// Where at most one rule matches, the order of the files makes no difference.
+    #[test]
+    fn the_order_of_files_means_nothing_where_no_rules_overlap(
+        rules in prop::collection::vec(some_rule(), 1..6),
+        finding in some_finding(),
+    ) {
+        let files: Vec<PolicyFile> = rules
+            .iter()
+            .enumerate()
+            .map(|(number, one)| file(&format!("{number}.toml"), &text_of(std::slice::from_ref(one), number)))
+            .collect();
+        let decide = |files: Vec<PolicyFile>| {
+            parse(Path::new("/p"), files).unwrap().rules.decide(&subject(&finding), now())
+        };
+        let matching = files.iter().filter(|one| {
+            let one = decide(vec![(*one).clone()]);
+            one != Matched::default()
+        });
+        if matching.count() <= 1 {
+            let backwards: Vec<PolicyFile> = files.iter().rev().cloned().collect();
+            prop_assert_eq!(decide(files), decide(backwards));
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Checking, listing and explaining rules, and what exceptions accept.
+
+use std::fs;
+
+use driftd::model::{Disposition, Finding};
+
+use crate::node::{Node, RULES};
+use crate::program::{self, assert_clean};
+use crate::samples::{finding, sample};
+
+#[test]
+fn policy_files_are_checked_without_a_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    let shown = directory.path().to_str().unwrap();
+    let check = || program::run(&["policy", "check", shown]);
+    assert_eq!((check().code, check().out), (0, format!("{shown}: 0 rules in 0 files\n")));
+    let file = directory.path().join("10-app.toml");
+    fs::write(&file, RULES).unwrap();
+    assert_eq!((check().code, check().out), (0, format!("{shown}: 2 rules in 1 files\n")));
+
+    fs::write(&file, RULES.replace("\"never\"", "2026-01-01")).unwrap();
+    let ended = check();
+    assert_eq!(ended.code, 0);
+    assert!(
+        ended.out.contains("10-app.toml:4: rule `app-plugins` has ended (2026-01-01"),
+        "{ended:?}"
+    );
+
+    fs::write(&file, RULES.replace("reason  = \"installs its plugins at start\"\n", "")).unwrap();
+    let wrong = check();
+    assert_eq!((wrong.code, wrong.out.as_str()), (64, ""));
+    assert_eq!(wrong.err, format!("{shown}/10-app.toml:4:1: missing field `reason`\n"));
+
+    fs::write(&file, "rule = \"\u{1b}[2J\"").unwrap();
+    let hostile = check();
+    assert_eq!(hostile.code, 64);
+    assert_clean(&hostile.err);
+    let missing = program::run(&["policy", "check", "/no/such"]);
+    assert_eq!(
+        (missing.code, missing.err.as_str()),
+        (64, "error: /no/such: there is no such directory\n")
+    );
+}
+
+#[test]
+fn the_rules_in_force_are_listed_with_their_hits() {
+    let node = Node::start();
+    let mut plugin = finding(1, 60);
+    plugin.verdict.disposition = Disposition::Accept;
+    plugin.verdict.rule = Some("app-plugins".to_owned());
+    plugin.count = 7;
+    let mut curl = finding(2, 10);
+    curl.verdict.rules = vec!["curl".to_owned(), "gone".to_owned()];
+    curl.count = 2;
+    node.store_findings(&[plugin.clone(), curl.clone()]);
+
+    let rules = node.run(&["policy", "ls", "-o", "jsonl"]);
+    assert_eq!(rules.code, 0, "{rules:?}");
+    let rules: Vec<serde_json::Value> =
+        rules.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let hits: Vec<_> =
+        rules.iter().map(|rule| (rule["id"].as_str(), rule["hits"].as_u64())).collect();
+    assert_eq!(hits, [(Some("app-plugins"), Some(7)), (Some("curl"), Some(2))]);
+    assert_eq!(rules[1]["answers"], serde_json::json!(["kill"]));
+    assert!(rules[0]["file"].as_str().unwrap().ends_with("/10-app.toml"), "{rules:?}");
+    let table = node.run(&["policy", "ls", "-o", "wide"]);
+    assert!(
+        table.out.contains("severity critical, kill") && table.out.contains("team-shop"),
+        "{table:?}"
+    );
+
+    // What is accepted is not in the usual list, and alone in the other one.
+    let ids = |arguments: &[&str]| {
+        let output = node.run(&[&["findings", "-q"], arguments].concat());
+        output.out.lines().map(str::to_owned).collect::<Vec<String>>()
+    };
+    let id = |finding: &Finding| vec![finding.id.to_string()];
+    assert_eq!(ids(&[]), id(&curl));
+    assert_eq!(ids(&["--accepted"]), id(&plugin));
+    let reload = node.run(&["policy", "reload"]);
+    assert_eq!(reload.code, 0, "{reload:?}");
+    assert!(reload.out.starts_with("2 rules, version 2026.11, blake3:"), "{reload:?}");
+}
+
+#[test]
+fn a_finding_is_explained_rule_by_rule() {
+    let node = Node::start();
+    let curl = sample();
+    node.store_findings(std::slice::from_ref(&curl));
+    let explained = node.run(&["policy", "explain", &curl.id.to_string()]);
+    assert_eq!(
+        (explained.code, explained.out.as_str()),
+        (
+            0,
+            "app-plugins  no: `path` does not hold, the finding has /usr/bin/curl\n\
+             curl         matches\n"
+        )
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let other = RULES.replace("/usr/bin/curl", "/usr/bin/wget");
+    fs::write(directory.path().join("a.toml"), other).unwrap();
+    let rules = directory.path().to_str().unwrap();
+    let id = curl.id.to_string();
+    let explained = node.run(&["policy", "explain", &id, "--rules", rules, "-o", "json"]);
+    let explained: serde_json::Value = serde_json::from_str(&explained.out).unwrap();
+    assert_eq!(explained["rules"][1]["result"], "fails");
+    assert_eq!(explained["rules"][1]["key"], "path");
+}
+
+#[test]
+fn the_schema_is_one_document() {
+    let schema = program::run(&["policy", "schema"]);
+    let schema: serde_json::Value = serde_json::from_str(&schema.out).unwrap();
+    assert_eq!(schema["title"], "A policy file of driftd");
+}

@@ -1,0 +1,209 @@
+//! Rules on a real node: what they accept is kept and not listed, an attack beside it is
+//! reported, a changed file is in force at once, and a set with a fault is refused as a whole.
+
+use std::fs;
+
+use anyhow::{Context as _, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::node::{Container, Node, only, wait_for};
+use crate::{sessions, test_alone};
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        test_alone("an_exception_is_in_force_at_once_and_hides_nothing_beside_it", "", exceptions),
+        test_alone("a_set_with_a_fault_is_refused_as_a_whole", "", faults),
+        test_alone(
+            "a_rule_kills_only_if_answers_are_switched_on",
+            "[policy]\ndir = \"{node}/policy.d\"\nenforce = \"on\"",
+            kills,
+        ),
+    ]
+}
+
+const PLUGINS: &str = r#"
+version = "2026.11"
+[[rule]]
+id      = "app-plugins"
+reason  = "installs its plugins at start"
+expires = "never"
+effect  = "accept"
+[rule.match]
+kind     = ["exec.*", "file.added"]
+path     = ["/opt/plugins/**"]
+ancestor = { path = "**/busybox", from_image = true }
+"#;
+
+/// Writes a policy file as an editor does: a new file takes the place of the old one.
+fn write(node: &Node, name: &str, text: &str) -> anyhow::Result<()> {
+    let directory = node.path("policy.d");
+    fs::create_dir_all(&directory)?;
+    let new = directory.join(".new");
+    fs::write(&new, text)?;
+    Ok(fs::rename(new, directory.join(name))?)
+}
+
+fn wait_for_policy(
+    node: &Node,
+    what: &str,
+    is_it: impl Fn(&Value) -> bool,
+) -> anyhow::Result<Value> {
+    wait_for(what, || Ok(Some(node.status()?["policy"].clone()).filter(&is_it)))
+        .with_context(|| format!("{:#}", node.status().unwrap_or_default()["policy"]))
+}
+
+fn accepted(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
+    container.node.answer(&["findings", "--accepted", "--container", &container.id])
+}
+
+/// Waits until a finding of this kind is accepted, counted so often.
+fn wait_for_accepted(container: &Container<'_>, kind: &str, count: u64) -> anyhow::Result<Value> {
+    wait_for(&format!("an accepted {kind}, counted {count} times"), || {
+        let findings = accepted(container)?;
+        Ok(only(&findings, kind).ok().filter(|one| one["count"] == count).cloned())
+    })
+    .with_context(|| format!("accepted: {:#?}", accepted(container)))
+}
+
+fn exceptions(node: &Node) -> anyhow::Result<()> {
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container
+        .sh("mkdir -p /opt/plugins; cp /.control/x /opt/plugins/before; /opt/plugins/before")?;
+    container.expect_findings(&["critical exec.new /opt/plugins/before"])?;
+
+    // The directory is made while driftd runs.
+    write(node, "10-app.toml", PLUGINS)?;
+    let policy = wait_for_policy(node, "the rule", |policy| policy["rules"] == 1)?;
+    ensure!(policy["version"] == "2026.11" && policy["refused"].is_null(), "{policy:#}");
+    container.lay_payload("y")?;
+    container.lay_payload("z")?;
+    container.sh("cp /.control/y /opt/plugins/y; cp /.control/z /opt/plugins/z
+         /opt/plugins/y; /opt/plugins/y; /opt/plugins/z")?;
+    let executed = wait_for_accepted(&container, "exec.new", 3)?;
+    let verdict = &executed["verdict"];
+    ensure!(verdict["disposition"] == "accept" && verdict["rule"] == "app-plugins", "{executed:#}");
+    let id = executed["id"].as_str().context("no ID")?;
+    let members = node.answer(&["members", id])?;
+    ensure!(members.len() == 2, "{members:#?}");
+
+    // An attack beside it, and the same content elsewhere.
+    container.run_dropped("evil")?;
+    container.sh("cp /.control/y /tmp/y; /tmp/y")?;
+    container.expect_findings(&[
+        "critical exec.new /opt/plugins/before",
+        "critical exec.new /tmp/evil",
+        "critical exec.new /tmp/y",
+    ])?;
+
+    // What a person does is not accepted.
+    sessions::run(&container, &["--exec-id", "by-hand"], &["/opt/plugins/z"])?;
+    wait_for("what was done in the session", || {
+        let findings = container.findings()?;
+        let done = findings.iter().any(|one| {
+            one["kind"] == "exec.new"
+                && one["file"]["path"] == "/opt/plugins/z"
+                && !one["session"].is_null()
+        });
+        Ok(done.then_some(()))
+    })
+    .with_context(|| format!("{:#?}", container.findings()))?;
+
+    let rules = node.answer(&["policy", "ls"])?;
+    ensure!(rules.len() == 1 && rules[0]["hits"].as_u64() >= Some(3), "{rules:#?}");
+    let explained = node.driftd(&["policy", "explain", id])?;
+    let text = String::from_utf8(explained.stdout)?;
+    ensure!(text.contains("app-plugins  matches"), "{text}");
+
+    // What was accepted is so after a restart, too.
+    node.stop_driftd()?;
+    node.start_driftd()?;
+    container.wait_until_watched()?;
+    container.sh("/opt/plugins/y")?;
+    wait_for_accepted(&container, "exec.new", 4)?;
+    fs::remove_file(node.path("policy.d/10-app.toml"))?;
+    wait_for_policy(node, "no rule", |policy| policy["rules"] == 0)?;
+    container.sh("/opt/plugins/y")?;
+    wait_for("the finding that no exception covers", || {
+        let findings = container.findings()?;
+        Ok(findings.iter().any(|one| one["file"]["path"] == "/opt/plugins/y").then_some(()))
+    })
+}
+
+fn faults(node: &Node) -> anyhow::Result<()> {
+    write(node, "10-app.toml", PLUGINS)?;
+    wait_for_policy(node, "the rule", |policy| policy["rules"] == 1)?;
+    write(node, "20-team.toml", "[[rule]]\nid = \"no\u{1b}[2J\"\n")?;
+    let policy = wait_for_policy(node, "the refusal", |policy| !policy["refused"].is_null())?;
+    let refused = policy["refused"].as_str().context("no text")?;
+    ensure!(refused.contains("20-team.toml:") && policy["rules"] == 1, "{policy:#}");
+    let shown = node.driftd(&["status"])?;
+    let shown = String::from_utf8(shown.stdout)?;
+    ensure!(shown.contains("REFUSED") && !shown.contains('\u{1b}'), "{shown}");
+    let reload = node.driftd(&["policy", "reload"])?;
+    let message = String::from_utf8(reload.stderr)?;
+    ensure!(reload.status.code() == Some(2) && message.contains("20-team.toml:"), "{message}");
+    let directory = node.path("policy.d").display().to_string();
+    let check = node.driftd(&["policy", "check", &directory])?;
+    ensure!(check.status.code() == Some(64), "{check:?}");
+
+    // The rules before stay.
+    let container = node.container()?;
+    container.lay_payload("x")?;
+    container.sh("mkdir -p /opt/plugins; cp /.control/x /opt/plugins/x; /opt/plugins/x")?;
+    wait_for_accepted(&container, "exec.new", 1)?;
+
+    // Also if the whole directory vanishes.
+    fs::remove_file(node.path("policy.d/20-team.toml"))?;
+    wait_for_policy(node, "the good set", |policy| policy["refused"].is_null())?;
+    fs::rename(node.path("policy.d"), node.path("elsewhere"))?;
+    let policy = wait_for_policy(node, "the refusal", |policy| !policy["refused"].is_null())?;
+    ensure!(policy["rules"] == 1, "{policy:#}");
+    fs::rename(node.path("elsewhere"), node.path("policy.d"))?;
+    wait_for_policy(node, "the directory", |policy| policy["refused"].is_null())?;
+
+    // A start with a fault reports everything.
+    write(node, "20-team.toml", "rule = 3")?;
+    node.stop_driftd()?;
+    node.start_driftd()?;
+    let policy = node.status()?["policy"].clone();
+    ensure!(policy["rules"] == 0 && !policy["refused"].is_null(), "{policy:#}");
+    container.wait_until_watched()?;
+    container.sh("/opt/plugins/x")?;
+    wait_for("the finding", || Ok((!container.findings()?.is_empty()).then_some(())))
+}
+
+const EVIL: &str = r#"
+[[rule]]
+id     = "evil"
+reason = "a known attack"
+effect = "report"
+answer = ["kill"]
+[rule.match]
+kind = ["exec.*"]
+path = ["/tmp/evil*"]
+"#;
+
+fn kills(node: &Node) -> anyhow::Result<()> {
+    write(node, "10-evil.toml", EVIL)?;
+    wait_for_policy(node, "the rule", |policy| policy["rules"] == 1)?;
+    let container = node.container()?;
+    container.run_dropped("other")?;
+    container.expect_findings(&["critical exec.new /tmp/other"])?;
+    container.lay_payload("evil")?;
+    let _killed = container.begin("cp /.control/evil /tmp/evil; /tmp/evil")?;
+    let killed = wait_for("the kill", || {
+        let findings = container.findings()?;
+        let killed = findings.into_iter().find(|one| one["outcome"]["succeeded"] == true);
+        Ok(killed)
+    })?;
+    let verdict = &killed["verdict"];
+    ensure!(killed["file"]["path"] == "/tmp/evil" && verdict["rule"] == "evil", "{killed:#}");
+    ensure!(verdict["disposition"] == "kill" && verdict["dry_run"] == false, "{killed:#}");
+    let timeline = node.answer(&["timeline", &container.id])?;
+    let response = timeline.iter().find(|entry| entry["type"] == "response");
+    let requested_by = &response.context("no response")?["response"]["requested_by"];
+    ensure!(requested_by == "rule evil", "{requested_by}");
+    Ok(())
+}
