@@ -79,7 +79,10 @@ fn a_wrong_line_is_named_with_what_is_wrong() {
         ("lost my_mind", "line 4: `my_mind` is none of "),
         ("expect exec.nothing", "line 4: `exec.nothing` is none of "),
         ("exec c \"/x", "line 4: a quotation mark has no partner"),
-        ("  /bin/x 755 elf x", "line 4: an indented line belongs below an `image` line"),
+        (
+            "  /bin/x 755 elf x",
+            "line 4: an indented line belongs below an `image` or `policy` line",
+        ),
         ("set respond.kill = 1", "line 4: "),
         ("time yesterday", "line 4: yesterday: "),
         ("image j\n  /bin/x 755", "line 1: j: no entry of a layer: `/bin/x 755`"),

@@ -32,7 +32,7 @@ effect  = "accept"
 [rule.match]
 kind     = ["exec.*", "file.added"]
 path     = ["/opt/plugins/**"]
-ancestor = { path = "**/busybox", from_image = true }
+ancestor = { path = "/bin/sh", from_image = true }
 "#;
 
 /// Writes a policy file as an editor does: a new file takes the place of the old one.
@@ -63,7 +63,13 @@ fn wait_for_accepted(container: &Container<'_>, kind: &str, count: u64) -> anyho
         let findings = accepted(container)?;
         Ok(only(&findings, kind).ok().filter(|one| one["count"] == count).cloned())
     })
-    .with_context(|| format!("accepted: {:#?}", accepted(container)))
+    .with_context(|| {
+        let reported = container.findings().unwrap_or_default();
+        let why =
+            |one: &Value| container.node.answer(&["policy", "explain", one["id"].as_str()?]).ok();
+        let why: Vec<_> = reported.iter().filter_map(why).collect();
+        format!("accepted: {:#?}\nreported: {reported:#?}\n{why:#?}", accepted(container))
+    })
 }
 
 fn exceptions(node: &Node) -> anyhow::Result<()> {
