@@ -124,7 +124,7 @@ enum Command {
 struct Run {
     #[command(flatten)]
     settings: Settings,
-    /// Only read the settings, and report what is wrong with them
+    /// Only read the settings and the policy files, and report what is wrong with them
     #[arg(long)]
     check: bool,
 }
@@ -133,7 +133,13 @@ impl Run {
     fn run(self, socket: Option<&Path>) -> anyhow::Result<Exit> {
         let config = self.settings.load(socket)?;
         if self.check {
-            return Ok(Exit::Clean);
+            return Ok(match policy::faults(&config.policy.dir) {
+                None => Exit::Clean,
+                Some(faults) => {
+                    eprintln!("{faults}");
+                    Exit::Usage
+                }
+            });
         }
         let socket = socket.map(Path::to_path_buf);
         let reread = move || self.settings.load(socket.as_deref());

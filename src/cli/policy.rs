@@ -90,6 +90,11 @@ impl Policy {
     }
 }
 
+/// What is wrong with the policy files of the daemon.
+pub(super) fn faults(directory: &Path) -> Option<String> {
+    policy::read(directory, Owners::Own).err().map(|refused| refused.to_string())
+}
+
 impl Check {
     fn run(self) -> anyhow::Result<Exit> {
         let directory = match self.directory {

@@ -213,6 +213,12 @@ fn add_files(lines: &mut Lines, Whole { finding, also_in, .. }: &Whole) {
 fn add_responses(lines: &mut Lines, Whole { finding, responses, .. }: &Whole) {
     let rule = finding.verdict.rule.as_deref().unwrap_or("the default");
     lines.add("Verdict", &format!("{}, by {}", finding.verdict.disposition, safe(rule)));
+    if let Some(severity) = finding.verdict.unchanged_severity {
+        lines.add("", &format!("a rule has changed the severity: it was {severity}"));
+    }
+    if let Some(action) = finding.verdict.action.as_deref().filter(|_| finding.verdict.dry_run) {
+        lines.add("", &format!("{} is not carried out: policy.enforce is dry-run", safe(action)));
+    }
     match &finding.outcome {
         None if responses.is_empty() => lines.add("Outcome", "none: nothing was done"),
         // The responses follow.

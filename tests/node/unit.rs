@@ -455,6 +455,25 @@ fn signals() -> anyhow::Result<()> {
     })?;
     machine.sh(&format!("cp /root/good {SETTINGS}; systemctl reload driftd; ctr task rm web"))?;
     machine.sh("ctr container rm web")?;
+    // A rule is in force when its file is there, and a reload names the fault of another one.
+    let rules = |number: u64| {
+        wait_within(patience(), "the rules", || {
+            let status = machine.lines("driftd status -o jsonl")?;
+            Ok(status.first().filter(|one| one["policy"]["rules"] == number).map(drop))
+        })
+    };
+    machine.sh("mkdir /etc/driftd/policy.d; cd /etc/driftd/policy.d
+         printf '[[rule]]\nid = \"a\"\nreason = \"b\"\neffect = \"report\"\n\
+         [rule.match]\nuser = [0]\n' > a.toml")?;
+    rules(1)?;
+    machine.sh("echo 'rule = 3' > /etc/driftd/policy.d/b.toml")?;
+    let refused = machine.run("systemctl reload driftd")?;
+    ensure!(!refused.status.success(), "a reload of wrong rules succeeded");
+    logged(&machine, "policy.d/b.toml:1:8", "3")?;
+    rules(1)?;
+    machine.sh("rm /etc/driftd/policy.d/*; systemctl reload driftd")?;
+    rules(0)?;
+    machine.sh("rmdir /etc/driftd/policy.d")?;
     machine.container("other")?;
 
     // driftd survives a restart of containerd.
