@@ -37,7 +37,8 @@ fn main() {
 /// One of four rules is for the finding's kind and image, one of a hundred for its path.
 fn rules(number: usize) -> Loaded {
     let rule = |at: usize| {
-        let image = if at.is_multiple_of(4) { "registry.example/shop" } else { "registry.example/other" };
+        let image =
+            if at.is_multiple_of(4) { "registry.example/shop" } else { "registry.example/other" };
         let path = match at % 100 {
             0 => "/usr/**".to_owned(),
             _ => format!("/opt/plugins-{at}/**"),

@@ -60,9 +60,7 @@ pub(super) async fn reload(
                 };
                 let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
             }
-            () = changes.next() => {
-                let _ = now.read_rules().await;
-            }
+            () = changes.next() => (),
             client = now.policy_reloads.recv() => {
                 let Some(client) = client else { return };
                 let read = now.read_rules().await;
@@ -70,14 +68,26 @@ pub(super) async fn reload(
                 continue;
             }
         }
-        // The directory may be another one, or have come.
+        // The directory may be another one, or have come. It is watched before it is read, so
+        // that no change is missed.
         changes = Changes::of(&now.config.policy.dir);
+        let _ = now.read_rules().await;
     }
 }
 
 impl Reloading {
     /// Reads the policy files, and puts their rules in force.
     async fn read_rules(&mut self) -> Result<(), Refused> {
+        if self.load_rules().await {
+            self.send_policy().await;
+        }
+        let Some(refused) = self.rules.refused.clone() else { return Ok(()) };
+        self.send(ApiRequest::PolicyRefused(refused.to_string())).await;
+        Err(refused)
+    }
+
+    /// Reads the policy files. True if other rules are to be in force.
+    async fn load_rules(&mut self) -> bool {
         let directory = self.config.policy.dir.clone();
         let mut rules = std::mem::take(&mut self.rules);
         // The files may lie on a slow disk; a worker of the runtime must not wait for it.
@@ -85,10 +95,9 @@ impl Reloading {
             let is_new = rules.read_again(&directory);
             (rules, is_new)
         });
-        let Ok((rules, is_new)) = read.await else { return Ok(()) };
+        let Ok((rules, is_new)) = read.await else { return false };
         self.rules = rules;
         if is_new {
-            self.send_policy().await;
             let loaded = self.rules.loaded.as_ref();
             tracing::info!(
                 rules = loaded.map_or(0, |loaded| loaded.rules.rules().len()),
@@ -97,9 +106,7 @@ impl Reloading {
                 "the policy files were read again"
             );
         }
-        let Some(refused) = self.rules.refused.clone() else { return Ok(()) };
-        self.send(ApiRequest::PolicyRefused(refused.to_string())).await;
-        Err(refused)
+        is_new
     }
 
     /// Applies what can be applied. Returns the text for systemd's status.
@@ -107,7 +114,8 @@ impl Reloading {
         let config::Reloaded { config, applied, at_restart } = self.config.reloaded(new);
         // Made of what is in force now, because only a part of the new file is.
         self.config = config;
-        let refused = self.read_rules().await.is_err();
+        self.load_rules().await;
+        let refused = self.rules.refused.is_some();
         if !self.send_policy().await {
             return "driftd is stopping".to_owned();
         }

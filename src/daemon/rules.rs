@@ -53,7 +53,11 @@ impl Rules {
                 is_new
             }
             Err(refused) => {
-                tracing::error!("the policy files are refused, the rules before stay:\n{refused}");
+                if self.refused.as_ref() != Some(&refused) {
+                    tracing::error!(
+                        "the policy files are refused, the rules before stay:\n{refused}"
+                    );
+                }
                 self.refused = Some(refused);
                 false
             }

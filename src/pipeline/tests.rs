@@ -28,7 +28,7 @@ use crate::model::{
     Process, ProcessIdentity, Restarter, RootfsPath, Run, Script, Session, SessionFact,
     SessionState, Severity, Sha256Hash, Source, Task,
 };
-use crate::policy::Policy;
+use crate::policy::{self, Policy, PolicyFile};
 use crate::respond::{Action, Response, ResponseRequest, TOO_MANY};
 use crate::watch::{SensorCommand, SensorEvent, Trust, Verdict};
 

@@ -21,7 +21,7 @@ use crate::health::{Failure, Health};
 use crate::history::files::Heartbeat;
 use crate::history::json;
 use crate::history::record::Record;
-use crate::model::ContainerId;
+use crate::model::{ContainerId, Disposition};
 use crate::threads;
 
 /// Least time between two commits, unless a batch is full.
@@ -228,10 +228,11 @@ impl Writing {
     }
 }
 
-/// Counts a record that is a new finding.
+/// Counts a record that is a new finding, and not accepted.
 fn counted(record: Record, health: &Health) -> Record {
     if let Record::Finding(finding) | Record::Aggregate { finding, .. } = &record
         && finding.revision == 1
+        && finding.verdict.disposition != Disposition::Accept
     {
         health.count_finding(finding.kind.name(), finding.severity.name());
     }

@@ -10,6 +10,9 @@ use crate::model::{
 /// Files of one finding that are known one by one and can be listed. More are counted.
 pub(super) const MAX_LISTED: u64 = 100_000;
 
+/// The same, of what an exception accepts.
+pub(super) const MAX_ACCEPTED: u64 = 1000;
+
 /// What the files of an aggregated finding have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::pipeline) struct Group {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::group::{Common, Group, MAX_LISTED, is_run};
+use super::group::{Common, Group, MAX_ACCEPTED, MAX_LISTED, is_run};
 use super::packages::transaction_id;
 use crate::budget;
 use crate::history::{MemberChange, Record};
@@ -176,7 +176,9 @@ impl State {
             Target::Transaction(manager) => self.make_transaction(id, manager, emission),
         };
         let is_aggregated = finding.files.is_some();
-        let always_has_room = matches!(target, Target::Group(group) if group.is_rest());
+        // No container can make more of these than there are kinds and rules.
+        let always_has_room =
+            matches!(target, Target::Group(group) if group.is_rest()) || is_accepted(&finding);
         let Some(entry) = self.inventory.get_mut(container) else { return };
         if !always_has_room && !entry.findings.has_room_for(&finding) {
             self.fold(emission, &finding, effects);
@@ -215,7 +217,10 @@ impl State {
         let Some(finding) = entry.findings.get(&id) else { return };
         let known = entry.members.of(file.aspect, file.path);
         let is_known = known.is_some_and(|(known, _)| known == id);
-        let has_room = is_known || finding.files.unwrap_or(1) < MAX_LISTED;
+        let is_accepted = is_accepted(finding);
+        // What is expected leaves the room to what is not.
+        let most = if is_accepted { MAX_ACCEPTED } else { MAX_LISTED };
+        let has_room = is_known || finding.files.unwrap_or(1) < most;
         let is_listed = has_room && entry.members.put(file.aspect, file.path, id, file.reported);
         if !is_listed && observation.source == Source::Scan {
             // It is not known whether the file was counted already.
@@ -229,6 +234,9 @@ impl State {
         finding.count += observation.times();
         finding.first_seen = finding.first_seen.min(observation.at);
         finding.last_seen = finding.last_seen.max(observation.at);
+        if emission.verdict.disposition == Disposition::Kill {
+            finding.verdict = emission.verdict.clone();
+        }
         // Whatever is worse than a transaction has a finding of its own, except for the
         // scripts that every package may bring.
         if matches!(target, Target::Group(_)) {
@@ -251,7 +259,7 @@ impl State {
         let is_aggregated = finding.files.is_some();
         let change = (is_listed && is_aggregated).then(|| seen(&file, emission));
         self.unpublished.push(container, id, change, now);
-        if !is_listed {
+        if !is_listed && !is_accepted {
             self.members_full(container, now, effects);
         }
         if self.unpublished.is_full() {
@@ -444,6 +452,10 @@ impl State {
             self.publish_aggregate(&container, id, effects);
         }
     }
+}
+
+fn is_accepted(finding: &Finding) -> bool {
+    finding.verdict.disposition == Disposition::Accept
 }
 
 fn join(one: Option<String>, other: Option<String>) -> Option<String> {

@@ -197,3 +197,52 @@ fn one_unannounced_container_takes_no_room_from_another_one() {
     let of: Vec<_> = node.findings.iter().filter_map(Finding::container_id).cloned().collect();
     assert_eq!(of, [id("c2"), id("c3")]);
 }
+
+/// A node with one exception, for what is in `/opt`.
+fn accepting() -> Node {
+    let rule = "[[rule]]\nid = \"opt\"\nreason = \"a test\"\nexpires = \"never\"\n\
+                effect = \"accept\"\n[rule.match]\npath = [\"/opt/**\"]\n";
+    let file = PolicyFile { name: "a.toml".to_owned(), text: rule.to_owned() };
+    let loaded = policy::parse(std::path::Path::new(""), vec![file]).unwrap();
+    let mut node = Node::new(Respond::default(), Vec::new());
+    node.state.policy = Policy::of(&config::Config::default(), Some(&loaded));
+    node.play("start c1\nbaseline\nattached c1");
+    node
+}
+
+#[test]
+fn a_flood_of_what_is_accepted_takes_no_room_from_what_is_not() {
+    let mut node = accepting();
+    for number in 0..5000 {
+        let path = at(&format!("/opt/{number}"));
+        node.see(Source::Gate, exec(path, &format!("plugin{number}")));
+    }
+    node.publish();
+    let accepted = node.findings.last().unwrap().clone();
+    assert_eq!(accepted.verdict.disposition, model::Disposition::Accept);
+    assert_eq!((accepted.count, accepted.files), (5000, Some(5000)));
+    assert!(node.changes.len() <= 1001, "{} are listed", node.changes.len());
+    assert!(node.gaps.is_empty() && node.problems().is_empty(), "{:?}", node.problems());
+    node.play("exec c1 /tmp/x evil");
+    let reported = node.findings.last().unwrap();
+    assert_eq!(reported.verdict.disposition, model::Disposition::Report);
+    assert_eq!((reported.kind, reported.files), (Kind::ExecNew, None));
+}
+
+#[test]
+fn what_is_accepted_has_a_finding_of_its_own_though_there_is_no_room() {
+    let mut node = accepting();
+    let most = budget::FINDINGS.number / 2;
+    for number in 0..=most {
+        node.see(Source::Gate, exec(at(&format!("/tmp/{number}")), &format!("evil{number}")));
+    }
+    node.play("exec c1 /opt/a plugin\nexec c1 /tmp/last evil");
+    node.publish();
+    let accepted: Vec<&Finding> = node
+        .newest()
+        .into_iter()
+        .filter(|one| one.verdict.disposition == model::Disposition::Accept)
+        .collect();
+    assert_eq!(accepted.len(), 1, "{accepted:#?}");
+    assert_eq!((accepted[0].count, accepted[0].verdict.rule.as_deref()), (1, Some("opt")));
+}
