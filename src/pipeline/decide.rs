@@ -4,7 +4,7 @@
 //!
 //! `policy` decides; `aggregation` keeps; `responses` requests what the decision asks for.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::aggregation::Group;
 use super::evidence::Emission;
@@ -16,6 +16,10 @@ use crate::model::{
     bytes_of_printable,
 };
 use crate::policy::{Decision, Subject};
+
+/// For how long after the end of a session something may have been done in it, if it is not
+/// known what process has done it.
+const AFTER_SESSION: SignedDuration = SignedDuration::from_mins(10);
 
 impl State {
     /// The decision about one judgement.
@@ -53,7 +57,8 @@ impl State {
     /// session.
     fn may_be_of_session(&self, observation: &Observation, process: Option<&Process>) -> bool {
         let descends = process.is_some_and(|process| process.descends_from(observation.init));
-        !descends && self.sessions.had_any(&observation.container)
+        let since = observation.at.saturating_sub(AFTER_SESSION).unwrap_or(Timestamp::MIN);
+        !descends && self.sessions.had_any(&observation.container, since)
     }
 
     /// Counts what an exception accepts. It is kept, and nothing else follows from it.

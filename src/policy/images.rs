@@ -3,6 +3,8 @@
 //! Names are completed as Docker and containerd complete them, on both sides: `nginx` is
 //! `docker.io/library/nginx`. So a rule for `nginx` is not for the `nginx` of another registry.
 
+use std::borrow::Cow;
+
 use globset::{GlobBuilder, GlobMatcher};
 
 use crate::model::{ImageReference, ManifestDigest};
@@ -33,7 +35,7 @@ impl ImagePattern {
             return Err(format!("`image`: `{text}` is neither a name nor a digest"));
         }
         let (repository, tag) = split(text);
-        let repository = complete(repository);
+        let repository = complete(repository).into_owned();
         let repository = match repository.contains(['*', '?', '[', '{']) {
             false => Repository::Whole(repository),
             true => {
@@ -63,7 +65,7 @@ impl ImagePattern {
                 let of_image = complete(of_image);
                 let is_it = match repository {
                     Repository::Whole(whole) => *whole == of_image,
-                    Repository::Like(glob) => glob.is_match(&of_image),
+                    Repository::Like(glob) => glob.is_match(&*of_image),
                 };
                 is_it && tag.as_deref().is_none_or(|tag| tag_of_image == Some(tag))
             }
@@ -72,7 +74,7 @@ impl ImagePattern {
 }
 
 /// The whole name of an image's repository.
-pub(super) fn whole_name(image: &str) -> String {
+pub(super) fn whole_name(image: &str) -> Cow<'_, str> {
     complete(split(image).0)
 }
 
@@ -87,14 +89,14 @@ fn split(name: &str) -> (&str, Option<&str>) {
 }
 
 /// The whole name of a repository.
-fn complete(repository: &str) -> String {
+fn complete(repository: &str) -> Cow<'_, str> {
     let (first, rest) = repository.split_once('/').unwrap_or(("", repository));
     let is_registry = first.contains(['.', ':', '*', '?', '[', '{']) || first == "localhost";
     match (is_registry, first) {
-        (true, "index.docker.io") => format!("docker.io/{rest}"),
-        (true, _) => repository.to_owned(),
-        (false, "") => format!("docker.io/library/{repository}"),
-        (false, _) => format!("docker.io/{repository}"),
+        (true, "index.docker.io") => format!("docker.io/{rest}").into(),
+        (true, _) => repository.into(),
+        (false, "") => format!("docker.io/library/{repository}").into(),
+        (false, _) => format!("docker.io/{repository}").into(),
     }
 }
 

@@ -294,7 +294,7 @@ impl Index {
         if let Some(By { rules, others }) = &self.images {
             let mut these = others.clone();
             let name = finding.image.name.as_deref().map(super::images::whole_name);
-            let named = name.and_then(|name| rules.get(&name)).into_iter().flatten();
+            let named = name.and_then(|name| rules.get(&*name)).into_iter().flatten();
             named.for_each(|number| these.insert(*number));
             candidates.intersect_with(&these);
         }

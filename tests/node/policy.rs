@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::node::{Container, Node, only, wait_for};
+use crate::node::{Container, Node, wait_for};
 use crate::{sessions, test_alone};
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -30,8 +30,19 @@ reason  = "installs its plugins at start"
 expires = "never"
 effect  = "accept"
 [rule.match]
-kind     = ["exec.*", "file.added"]
-path     = ["/opt/plugins/**"]
+kind = ["exec.*", "file.added"]
+path = ["/opt/plugins/**"]
+"#;
+
+/// An exception for what a shell of the image runs.
+const AGENT: &str = r#"
+[[rule]]
+id      = "agent"
+reason  = "the entry point runs what it has downloaded"
+expires = "never"
+effect  = "accept"
+[rule.match]
+path     = ["/opt/agent/**"]
 ancestor = { path = "/bin/sh", from_image = true }
 "#;
 
@@ -61,7 +72,9 @@ fn accepted(container: &Container<'_>) -> anyhow::Result<Vec<Value>> {
 fn wait_for_accepted(container: &Container<'_>, kind: &str, count: u64) -> anyhow::Result<Value> {
     wait_for(&format!("an accepted {kind}, counted {count} times"), || {
         let findings = accepted(container)?;
-        Ok(only(&findings, kind).ok().filter(|one| one["count"] == count).cloned())
+        let mut of_plugins =
+            findings.into_iter().filter(|one| one["verdict"]["rule"] == "app-plugins");
+        Ok(of_plugins.find(|one| one["kind"] == kind && one["count"] == count))
     })
     .with_context(|| {
         let reported = container.findings().unwrap_or_default();
@@ -115,6 +128,21 @@ fn exceptions(node: &Node) -> anyhow::Result<()> {
         Ok(done.then_some(()))
     })
     .with_context(|| format!("{:#?}", container.findings()))?;
+
+    // By what runs it: a shell of the image, and not a copy of one.
+    write(node, "20-agent.toml", AGENT)?;
+    wait_for_policy(node, "the second rule", |policy| policy["rules"] == 2)?;
+    container.lay_payload("agent")?;
+    container.sh("mkdir -p /opt/agent; cp /.control/agent /opt/agent/a; /opt/agent/a 500")?;
+    let by_shell = wait_for("what the shell runs", || {
+        let all = accepted(&container)?;
+        Ok(all.into_iter().find(|one| {
+            one["kind"] == "exec.new" && one["verdict"]["rule"] == "agent" && one["count"] == 1
+        }))
+    })?;
+    ensure!(by_shell["from_image"].as_array().is_some_and(|own| !own.is_empty()), "{by_shell:#}");
+    fs::remove_file(node.path("policy.d/20-agent.toml"))?;
+    wait_for_policy(node, "one rule", |policy| policy["rules"] == 1)?;
 
     let rules = node.answer(&["policy", "ls"])?;
     ensure!(rules.len() == 1 && rules[0]["hits"].as_u64() >= Some(3), "{rules:#?}");

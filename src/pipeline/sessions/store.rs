@@ -298,11 +298,13 @@ impl Sessions {
         known.live.values().map(|live| &live.session).find(|session| session.id == id)
     }
 
-    /// Whether a session came into the container, as far as is remembered. Probes do not count.
-    pub(in crate::pipeline) fn had_any(&self, container: &ContainerId) -> bool {
-        let known = self.containers.get(container);
-        known.is_some_and(|known| known.live.values().any(|live| live.probe.is_none()))
-            || self.remembered.contains_key(container)
+    /// Whether a session was open in the container after `since`. Probes do not count.
+    pub(in crate::pipeline) fn had_any(&self, container: &ContainerId, since: Timestamp) -> bool {
+        let was_open = |live: &Live| {
+            live.probe.is_none() && live.session.ended_at.is_none_or(|end| end >= since)
+        };
+        self.containers.get(container).is_some_and(|known| known.live.values().any(was_open))
+            || self.remembered.get(container).is_some_and(|before| !before.sessions.is_empty())
     }
 
     /// Makes room for one more. False if all that are known are open, or too many were listed.
