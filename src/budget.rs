@@ -265,6 +265,7 @@ pub fn weight(finding: &Finding) -> usize {
         + finding.file.as_ref().map_or(0, |file: &FileEvidence| 3 * file.path.as_bytes().len())
         + finding.expected.as_ref().map_or(0, |expected| expected.path.as_bytes().len())
         + finding.process.as_ref().map_or(0, weight_of_process)
+        + finding.writer.as_ref().map_or(0, weight_of_process)
         + text(&finding.invoked_as)
         + text(&finding.detail)
         + text(&finding.image.name)

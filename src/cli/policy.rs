@@ -12,10 +12,11 @@ use serde::Serialize;
 use super::client::{Client, Server, call, explain, talk};
 use super::exit::Exit;
 use super::output::{Field, Listed, Listing, Output, Style, age, list, one, safe, time, write};
+use super::rehearse;
 use crate::api::{convert, proto};
 use crate::config::Config;
 use crate::model::{Finding, Session};
-use crate::policy::{self, Owners, PolicyFile, Reason, Rule, Subject};
+use crate::policy::{self, Owners, Reason, Rule, Subject};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Policy {
@@ -25,6 +26,8 @@ pub(super) enum Policy {
     Ls(Ls),
     /// Show which rules match a finding, and why the others do not
     Explain(Explain),
+    /// Show what other rules would have decided about the findings of the history
+    Test(rehearse::Test),
     /// Have the daemon read the policy files again
     Reload(Reload),
     /// Print the JSON Schema of a policy file, for editors
@@ -74,6 +77,7 @@ impl Policy {
             Policy::Check(check) => check.run(),
             Policy::Ls(ls) => ls.run(server),
             Policy::Explain(explain) => explain.run(server),
+            Policy::Test(test) => test.run(server),
             Policy::Reload(reload) => {
                 let reply = call(server, proto::ReloadPolicyRequest {}, Client::reload_policy)?;
                 let status = policy_json(reply.status.unwrap_or_default())?;
@@ -312,25 +316,14 @@ impl Explain {
             let finding = reply.finding.ok_or_else(|| anyhow::anyhow!("driftd returned none"))?;
             let finding = convert::finding_from_proto(finding)?;
             let session = session_of(&mut client, &finding).await?;
-            let files = match &self.rules {
-                Some(_) => Vec::new(),
-                None => {
-                    let request = proto::GetPolicyRequest {};
-                    client.get_policy(request).await.map_err(explain)?.into_inner().files
-                }
+            let loaded = match &self.rules {
+                Some(directory) => policy::read(directory, Owners::Any)?
+                    .ok_or_else(|| anyhow::anyhow!("{}: no such directory", directory.display()))?,
+                None => rehearse::in_force(&mut client).await?,
             };
-            Ok((finding, session, files))
+            Ok((finding, session, loaded))
         });
-        let (finding, session, files) = found?;
-        let loaded = match &self.rules {
-            Some(directory) => policy::read(directory, Owners::Any)?
-                .ok_or_else(|| anyhow::anyhow!("{}: no such directory", directory.display()))?,
-            None => {
-                let files =
-                    files.into_iter().map(|file| PolicyFile { name: file.name, text: file.text });
-                policy::parse(Path::new(""), files.collect())?
-            }
-        };
+        let (finding, session, loaded) = found?;
         let subject = Subject {
             finding: &finding,
             severity: finding.verdict.unchanged_severity.unwrap_or(finding.severity),

@@ -44,6 +44,11 @@ impl Findings {
         self.by_id.values()
     }
 
+    /// Whether any is accepted by an exception.
+    pub fn has_accepted(&self) -> bool {
+        self.accepted > 0
+    }
+
     /// How many are reported.
     pub fn reported(&self) -> usize {
         self.by_id.len() - self.accepted

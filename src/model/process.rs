@@ -17,6 +17,15 @@ pub struct ProcessIdentity {
     pub start_time: u64,
 }
 
+impl ProcessIdentity {
+    /// Whether both may be one process. A process that is known from the kernel's records alone
+    /// has no start time.
+    pub fn may_be(self, other: ProcessIdentity) -> bool {
+        let is_recorded = self.start_time == 0 || other.start_time == 0;
+        self.pid == other.pid && (is_recorded || self.start_time == other.start_time)
+    }
+}
+
 /// What was known of a process when it was read. The container chooses all text here. In
 /// memory, text is what [`super::printable`] makes of it; [`super::text`] is its form in
 /// JSON.
@@ -55,6 +64,12 @@ impl Process {
     pub fn own_root(&self) -> Option<RootfsPath> {
         let root = self.root.as_deref()?;
         RootfsPath::new(bytes_of_printable(root)).ok().filter(|root| !root.relative().is_empty())
+    }
+
+    /// Whether `identity` may be this process or one of its ancestors.
+    pub fn may_descend_from(&self, identity: ProcessIdentity) -> bool {
+        let ancestors = self.ancestors.iter().map(|ancestor| ancestor.identity);
+        std::iter::once(self.identity).chain(ancestors).any(|one| one.may_be(identity))
     }
 
     /// Whether `identity` is this process or one of its ancestors.

@@ -132,5 +132,6 @@ impl State {
 
 /// Whether an exception has accepted something about a path.
 pub(super) fn was_accepted(entry: &Entry, path: &RootfsPath) -> bool {
-    Aspect::accepted().any(|aspect| entry.members.of(aspect, path).is_some())
+    entry.findings.has_accepted()
+        && Aspect::accepted().any(|aspect| entry.members.of(aspect, path).is_some())
 }

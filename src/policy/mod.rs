@@ -113,6 +113,11 @@ impl Policy {
         }
     }
 
+    /// The policy that these rules alone would be, with all answers carried out.
+    pub fn rehearsed(loaded: &Loaded) -> Policy {
+        Policy { enforce: Enforce::On, ..Policy::of(&Config::default(), Some(loaded)) }
+    }
+
     pub fn decide(&self, subject: &Subject<'_>, now: Timestamp) -> Decision {
         let matched = self.rules.decide(subject, now);
         let text = |id: &Arc<str>| id.to_string();

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use driftd::model::{Disposition, Finding};
+use driftd::history::{MemberChange, Record};
+use driftd::model::finding::MEMBER_SCHEMA;
+use driftd::model::{Disposition, Finding, Kind, Member, RootfsPath};
 
 use crate::node::{Node, RULES};
 use crate::program::{self, assert_clean};
@@ -105,6 +107,74 @@ fn a_finding_is_explained_rule_by_rule() {
     let explained: serde_json::Value = serde_json::from_str(&explained.out).unwrap();
     assert_eq!(explained["rules"][1]["result"], "fails");
     assert_eq!(explained["rules"][1]["key"], "path");
+}
+
+#[test]
+fn other_rules_are_tried_on_what_the_history_holds() {
+    let node = Node::start();
+    let (mut plugin, mut other) = (finding(1, 60), finding(2, 10));
+    plugin.file.as_mut().unwrap().path = RootfsPath::new("/opt/plugins/a").unwrap();
+    plugin.verdict.disposition = Disposition::Accept;
+    plugin.verdict.rule = Some("app-plugins".to_owned());
+    other.file.as_mut().unwrap().path = RootfsPath::new("/opt/other/a").unwrap();
+    for one in [&mut plugin, &mut other] {
+        (one.kind, one.session) = (Kind::ExecNew, None);
+    }
+    // Three files of one directory, two of which the tested rules accept.
+    let mut many = finding(3, 30);
+    (many.kind, many.files, many.session) = (Kind::FileAdded, Some(3), None);
+    let seen = |path: &str| {
+        MemberChange::Seen(Member {
+            schema: MEMBER_SCHEMA.to_owned(),
+            path: RootfsPath::new(path).unwrap(),
+            kind: Kind::FileAdded,
+            blake3: None,
+            first_seen: many.first_seen,
+            last_seen: many.last_seen,
+            removed: false,
+        })
+    };
+    let changes = vec![seen("/opt/other/b"), seen("/opt/other/c"), seen("/tmp/d")];
+    let record = Record::Aggregate { finding: Box::new(many.clone()), changes };
+    node.writer.as_ref().unwrap().records().send(record).unwrap();
+    node.store_findings(&[plugin.clone(), other.clone()]);
+
+    let directory = tempfile::tempdir().unwrap();
+    let rules = RULES
+        .replace("kind = [\"exec.*\", \"library.loaded\"]\n", "")
+        .replace("/opt/plugins/", "/opt/other/");
+    fs::write(directory.path().join("a.toml"), rules).unwrap();
+    let path = directory.path().to_str().unwrap();
+    let tested = node.run(&["policy", "test", path, "-o", "json"]);
+    assert_eq!((tested.code, tested.err.as_str()), (0, ""));
+    let tested: serde_json::Value = serde_json::from_str(&tested.out).unwrap();
+    assert_eq!(tested["findings"], 3);
+    assert_eq!(
+        (&tested["in_force"]["accepted"], &tested["tested"]["accepted"]),
+        (&1.into(), &1.into())
+    );
+    let changed = tested["changed"].as_array().unwrap();
+    let of = |id: &Finding| {
+        changed
+            .iter()
+            .find(|one| one["finding"] == id.id.to_string())
+            .unwrap_or_else(|| panic!("{changed:#?}"))
+    };
+    assert_eq!(of(&plugin)["in_force"]["disposition"], "accept");
+    assert_eq!(of(&plugin)["tested"]["disposition"], "report");
+    assert_eq!(of(&other)["tested"]["rule"], "app-plugins");
+    let partly = &of(&many)["tested"];
+    assert_eq!(
+        (&partly["disposition"], &partly["accepted_files"], &partly["files"]),
+        (&"report".into(), &2.into(), &3.into())
+    );
+    let text = node.run(&["policy", "test", path]).out;
+    assert!(
+        text.contains("2 of 3 files accepted") && text.contains("accepted by app-plugins"),
+        "{text}"
+    );
+    let same = node.run(&["policy", "test", path, "--since", "1s"]);
+    assert!(same.out.contains("no finding would have another decision"), "{same:?}");
 }
 
 #[test]

@@ -105,6 +105,13 @@ fn flood(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
                  /tmp/$i {long} {long} {long} {long} {long}; i=$((i+1))
              done"
         ))?;
+        // The container may be faster than a busy machine judges it.
+        wait_for("the batch to be judged", || {
+            let status = node.status()?;
+            let waits = status["backlogs"].as_array().into_iter().flatten();
+            let is_judged = waits.filter(|one| one["stage"] != "settled").count() == 0;
+            Ok((is_judged || node.losses("findings_full")? > 0).then_some(()))
+        })?;
         begin = end;
     }
     let status = node.status()?;

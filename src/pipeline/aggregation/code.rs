@@ -104,9 +104,10 @@ fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Str
     let file = RootfsPath::new(linker).ok()?;
     let is_images =
         detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none();
-    // The last ancestor has started the container: every process has it in common.
+    // The last ancestor has started the container: every process has it in common. A linker
+    // that has ended is known from the kernel's records.
     let inside = writer.ancestors.split_last().map_or(&[][..], |(_, inside)| inside);
-    let is_one_tree = inside.iter().any(|one| process.descends_from(one.identity));
+    let is_one_tree = inside.iter().any(|one| process.may_descend_from(one.identity));
     (is_images && is_one_tree).then(|| linker.to_owned())
 }
 

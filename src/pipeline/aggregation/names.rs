@@ -104,8 +104,13 @@ fn looks_generated_of_letters(part: &[u8]) -> bool {
         .filter(|pair| pair[0].is_ascii_lowercase() && pair[1].is_ascii_uppercase())
         .count();
     let capitals = part.iter().filter(|byte| byte.is_ascii_uppercase()).count();
+    // Capitals that begin no word: another capital follows, or nothing.
+    let alone = part.iter().zip(part.iter().skip(1).map(Some).chain([None]));
+    let alone = alone
+        .filter(|(one, next)| one.is_ascii_uppercase() && next.is_none_or(u8::is_ascii_uppercase))
+        .count();
     // `fooBarBaz` has as many capitals as words.
-    let is_mixed = changes > 0 && capitals > changes + 1;
+    let is_mixed = changes > 0 && (capitals > changes + 1 || alone > 1);
     is_mixed || longest_without_vowel(part) >= 6
 }
 
@@ -144,6 +149,8 @@ mod tests {
         );
         check("/tmp/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/tmp/airflowtmp*/*"));
         check("/tmp/jenkinszeWGbCfjjkm6.sh", Some("/tmp/*.sh"));
+        check("/tmp/jenkinsClavDJozucfI.sh", Some("/tmp/*.sh"));
+        check("/tmp/jenkinsMVefgAipyP87.sh", Some("/tmp/*.sh"));
         check("/tmp/kqzvbnmx", Some("/tmp/*"));
         check("/tmp/aQx7Zk", Some("/tmp/*"));
     }
@@ -161,6 +168,8 @@ mod tests {
             "/usr/lib/libssl.so",
             "/opt/venv/lib/fast.cpython-311-x86_64-linux-gnu.so",
             "/opt/myScript",
+            "/opt/fooBarBaz",
+            "/opt/ThreadSafeA",
             "/opt/AnsiballZ_ping.py",
             "/usr/bin/systemd",
             "/tmp/payload",

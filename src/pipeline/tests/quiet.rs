@@ -246,6 +246,27 @@ fn w08_what_the_images_linker_has_built_is_one_line_and_what_others_bring_is_not
 }
 
 #[test]
+fn w08_a_linker_that_is_known_from_records_alone_has_built_it_too() {
+    let mut node = Node::running();
+    let make = [(60, "/usr/bin/make"), (1, "/bin/busybox"), (100, "/usr/bin/shim")];
+    let recorded = || {
+        let mut linker = program(61, "/usr/bin/ld", &make);
+        linker.identity.start_time = 0;
+        linker.ancestors.iter_mut().for_each(|one| one.identity.start_time = 0);
+        Some(linker)
+    };
+    for number in 0..5 {
+        let path = format!("/src/conftest{number}");
+        node.see(Source::Gate, run(&path, &path, program(200, "/bin/busybox", &make), recorded()));
+    }
+    assert_eq!(node.lines(), ["exec.new medium /src/conftest0 5 5"]);
+    // Another tree of processes is another one all the same.
+    let other = program(301, "/bin/busybox", &[(2, "/bin/sh"), (100, "/usr/bin/shim")]);
+    node.see(Source::Gate, run("/src/evil", "2", other, recorded()));
+    assert_eq!(node.lines()[1..], ["exec.new critical /src/evil 1 1"]);
+}
+
+#[test]
 fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_there_is_not() {
     let mut node = Node::running();
     let make = [(60, "/usr/bin/make"), (1, "/bin/busybox"), (100, "/usr/bin/shim")];
