@@ -262,7 +262,7 @@ fn decide(
             (file.path, file.blake3, file.sha256) = (member.path.clone(), member.blake3, None);
         }
         let decision = of(&one);
-        if decision.verdict.disposition == Disposition::Accept {
+        if decision.verdict.is_accept() {
             accepted += 1;
         } else {
             last = Some(decision);

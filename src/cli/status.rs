@@ -59,7 +59,7 @@ struct StatusJson {
     threads: Vec<ThreadJson>,
     /// The times in which the view was incomplete: the open ones, then the newest.
     gaps: Vec<GapJson>,
-    /// Null if the daemon is older than its rules.
+    /// Null if the pipeline does not reply, or the daemon has no rules yet.
     policy: Option<PolicyJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
@@ -260,7 +260,7 @@ fn add_counts(lines: &mut Lines, status: &StatusJson) {
     }
 }
 
-/// What is delayed, was lost or was never seen, and what the kernel lacks.
+/// The rules in force, and what a person has to do about them.
 fn add_policy(lines: &mut Lines, policy: &PolicyJson) {
     lines.add("Policy", &policy::summary(policy));
     if let Some(refused) = &policy.refused {
@@ -276,6 +276,7 @@ fn add_policy(lines: &mut Lines, policy: &PolicyJson) {
     }
 }
 
+/// What is delayed, was lost or was never seen, and what the kernel lacks.
 fn add_missing(lines: &mut Lines, status: &StatusJson) {
     for backlog in delayed(&status.backlogs) {
         lines.add("Delayed", &backlog);

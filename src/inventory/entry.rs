@@ -13,8 +13,8 @@ use super::writers::Writers;
 use crate::baseline::ImageBaseline;
 use crate::budget::Waiting;
 use crate::model::{
-    ChainId, Container, Disposition, FileTime, Finding, FindingId, Incarnation, Kind, LayerId,
-    Outcome, ProcessIdentity, RootfsPath,
+    ChainId, Container, FileTime, Finding, FindingId, Incarnation, Kind, LayerId, Outcome,
+    ProcessIdentity, RootfsPath,
 };
 
 /// Runs of one container that have ended and are remembered as such.
@@ -282,7 +282,7 @@ impl Entry {
             self.members.put(Aspect::of_finding(&finding), &file.path, finding.id, reported);
         }
         if finding.kind == Kind::FileAdded
-            && finding.verdict.disposition != Disposition::Accept
+            && !finding.verdict.is_accept()
             && finding.files.is_none()
             && let (Some(file), Some(writer)) = (&finding.file, &finding.process)
             && let Some(content) = file.blake3

@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use crate::budget::{self, Account, Pool};
 use crate::model::finding::Subject;
-use crate::model::{
-    Blake3Hash, Disposition, FileEvidence, Finding, FindingId, Kind, Process, RootfsPath,
-};
+use crate::model::{Blake3Hash, FileEvidence, Finding, FindingId, Kind, Process, RootfsPath};
 
 #[derive(Debug, Default)]
 pub struct Findings {
@@ -61,7 +59,7 @@ impl Findings {
     }
 
     pub(super) fn insert(&mut self, finding: Finding) {
-        let is_accepted = finding.verdict.disposition == Disposition::Accept;
+        let is_accepted = finding.verdict.is_accept();
         // What is accepted stands apart: it explains nothing that is reported, and hides
         // nothing.
         if let Some(file) = finding.file.as_ref().filter(|_| !is_accepted) {

@@ -6,9 +6,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
 use crate::budget::Share;
-use crate::model::{
-    Blake3Hash, Disposition, FileEvidence, Finding, FindingId, Kind, Member, RootfsPath,
-};
+use crate::model::{Blake3Hash, FileEvidence, Finding, FindingId, Kind, Member, RootfsPath};
 
 /// The finding that counts each file which has no finding of its own. Exactly one finding
 /// counts a file: the newest one that it was put into.
@@ -41,8 +39,7 @@ impl Aspect {
     /// What the files of this aggregated finding have in common.
     pub fn of_finding(finding: &Finding) -> Aspect {
         // A transaction is accepted as a whole.
-        let is_accepted = finding.verdict.disposition == Disposition::Accept
-            && finding.kind != Kind::PackageTransaction;
+        let is_accepted = finding.verdict.is_accept() && finding.kind != Kind::PackageTransaction;
         if is_accepted { Aspect::Accepted(finding.kind) } else { Aspect::of(finding.kind) }
     }
 

@@ -353,6 +353,13 @@ pub struct Finding {
     pub detail: Option<String>,
 }
 
+impl Verdict {
+    /// Whether an exception expects the finding.
+    pub fn is_accept(&self) -> bool {
+        self.disposition == Disposition::Accept
+    }
+}
+
 impl Finding {
     pub fn container_id(&self) -> Option<&ContainerId> {
         self.container.as_ref().map(|container| &container.id)

@@ -16,8 +16,7 @@ use crate::detect;
 use crate::health::Failure;
 use crate::inventory::BaselineState;
 use crate::model::finding::Subject;
-use crate::model::{ChainId, ContainerId, Disposition, FileTime, FindingId, ImageReference, Kind};
-use crate::policy::Decision;
+use crate::model::{ChainId, ContainerId, FileTime, FindingId, ImageReference, Kind};
 
 /// The source of findings about a missing baseline.
 const BASELINE: &str = "baseline";
@@ -199,9 +198,8 @@ impl State {
         let mut missing = new_finding(&self.node, report, finding, kind, BASELINE, now);
         set_container(&mut missing, id, entry);
         missing.detail = Some(reason);
-        let Decision { verdict, severity } = self.decide_finding(&missing, now);
-        (missing.verdict, missing.severity) = (verdict, severity);
-        if missing.verdict.disposition == Disposition::Accept {
+        self.decide_finding(&mut missing, None, now);
+        if missing.verdict.is_accept() {
             return self.accept_finding(id, missing, now, effects);
         }
         let Some(entry) = self.inventory.get_mut(id) else { return };

@@ -12,7 +12,7 @@ use super::messages::Effect;
 use super::state::State;
 use crate::inventory::{Aspect, BaselineState, Entry};
 use crate::model::{
-    ContainerId, Finding, FindingId, Observation, Process, ProcessIdentity, RootfsPath,
+    ContainerId, Finding, FindingId, Observation, Process, ProcessIdentity, RootfsPath, Session,
     bytes_of_printable,
 };
 use crate::policy::{Decision, Subject};
@@ -25,9 +25,6 @@ impl State {
     /// The decision about one judgement.
     pub(super) fn decide_emission(&self, emission: &Emission<'_>) -> Decision {
         let Emission { observation, judgement, evidence, now, .. } = *emission;
-        if !self.policy.has_rules() {
-            return Decision { verdict: self.policy.report(), severity: judgement.severity };
-        }
         let id = FindingId::new(Some(&observation.container), judgement.kind, &evidence.subject());
         let finding = self.make_finding(id, emission);
         let session =
@@ -41,16 +38,18 @@ impl State {
         self.policy.decide(&subject, now)
     }
 
-    /// The decision about a finding that is no judgement of a fact.
-    pub(super) fn decide_finding(&self, finding: &Finding, now: Timestamp) -> Decision {
-        let container = finding.container_id();
-        let session = container
-            .zip(finding.session)
-            .and_then(|(container, id)| self.sessions.with_id(container, id));
+    /// Decides about a finding that is no judgement of a fact: about a session itself, a
+    /// transaction, a container or a layer.
+    pub(super) fn decide_finding(
+        &self,
+        finding: &mut Finding,
+        session: Option<&Session>,
+        now: Timestamp,
+    ) {
         let severity = finding.severity;
-        // It is about a session itself, about a container or about a layer.
         let subject = Subject { finding, severity, session, may_be_of_session: false };
-        self.policy.decide(&subject, now)
+        let Decision { verdict, severity } = self.policy.decide(&subject, now);
+        (finding.verdict, finding.severity) = (verdict, severity);
     }
 
     /// Whether a process that is not known, or whose parents are not, may have acted in a

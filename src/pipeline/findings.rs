@@ -14,8 +14,8 @@ use crate::detect::{Assessment, Judgement};
 use crate::inventory::{Aspect, Entry, Reported};
 use crate::model::finding::{ContainerEvidence, SCHEMA};
 use crate::model::{
-    Blake3Hash, ContainerId, Disposition, FileState, Finding, FindingId, ImageReference, Kind,
-    Observation, ProcessIdentity, RootfsPath, Source, Verdict,
+    Blake3Hash, ContainerId, FileState, Finding, FindingId, ImageReference, Kind, Observation,
+    ProcessIdentity, RootfsPath, Source, Verdict,
 };
 use crate::policy::Decision;
 
@@ -36,14 +36,21 @@ impl State {
         for judgement in &assessment.judgements {
             let verdict = self.policy.report();
             let emission = Emission { observation, judgement, evidence, verdict: &verdict, now };
+            if !self.policy.has_rules() {
+                self.emit_one(&emission, effects);
+                continue;
+            }
             let Decision { verdict, severity } = self.decide_emission(&emission);
             let judgement = &Judgement { severity, ..judgement.clone() };
-            let emission = Emission { judgement, verdict: &verdict, ..emission };
-            if verdict.disposition == Disposition::Accept {
-                self.accept(&emission, effects);
-            } else if !self.emit_aggregated(&emission, effects) {
-                self.emit_single(&emission, effects);
-            }
+            self.emit_one(&Emission { judgement, verdict: &verdict, ..emission }, effects);
+        }
+    }
+
+    fn emit_one(&mut self, emission: &Emission<'_>, effects: &mut Vec<Effect>) {
+        if emission.verdict.is_accept() {
+            self.accept(emission, effects);
+        } else if !self.emit_aggregated(emission, effects) {
+            self.emit_single(emission, effects);
         }
     }
 

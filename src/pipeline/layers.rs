@@ -20,10 +20,8 @@ use crate::inventory::{BaselineState, Entry};
 use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
-    ContainerId, Disposition, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId,
-    RootfsPath,
+    ContainerId, FileEvidence, FileType, FindingId, ImageReference, Kind, LayerId, RootfsPath,
 };
-use crate::policy::Decision;
 
 /// The source of these findings.
 const VERIFY: &str = "verify";
@@ -166,11 +164,9 @@ impl State {
             (None, None) => None,
         };
         finding.detail = Some(detail);
-        let Decision { verdict, severity } = self.decide_finding(&finding, now);
-        (finding.verdict, finding.severity) = (verdict, severity);
-        let is_accepted = finding.verdict.disposition == Disposition::Accept;
+        self.decide_finding(&mut finding, None, now);
         match container {
-            Some(container) if is_accepted => {
+            Some(container) if finding.verdict.is_accept() => {
                 self.accept_finding(container, finding, now, effects);
             }
             Some(container) => {

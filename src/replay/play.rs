@@ -18,9 +18,9 @@ use crate::containerd::{Error, Killed, RuntimeEvent};
 use crate::health::Health;
 use crate::history::Record;
 use crate::model::{
-    Ancestor, ChainId, Container, ContainerId, Content, DiffId, Disposition, EntryPoint, Exit,
-    Fact, FileFact, FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels,
-    Layer, LayerId, Observation, Opening, OverlayDirs, Process, ProcessIdentity, RootfsPath, Run,
+    Ancestor, ChainId, Container, ContainerId, Content, DiffId, EntryPoint, Exit, Fact, FileFact,
+    FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels, Layer, LayerId,
+    Observation, Opening, OverlayDirs, Process, ProcessIdentity, RootfsPath, Run,
     Script as ScriptFact, SessionFact, Source, Task,
 };
 use crate::pipeline::{ApiRequest, Effect, Input, State};
@@ -223,7 +223,7 @@ impl<'a> Node<'a> {
     fn record(&mut self, record: Record) {
         let happened = match record {
             Record::Finding(finding) | Record::Aggregate { finding, .. } => {
-                self.is_quiet &= is_accepted(&finding);
+                self.is_quiet &= finding.verdict.is_accept();
                 self.findings.retain(|known| known.id != finding.id);
                 self.findings.push((*finding).clone());
                 Happened::Finding(finding)
@@ -520,9 +520,9 @@ impl Pattern {
             && self.severity.is_none_or(|severity| finding.severity == severity)
             && self.count.is_none_or(|count| finding.count == count)
             && self.rule.as_ref().is_none_or(|rule| finding.verdict.rule.as_ref() == Some(rule))
-            && self
-                .verdict
-                .map_or(!is_accepted(finding), |verdict| finding.verdict.disposition == verdict)
+            && self.verdict.map_or(!finding.verdict.is_accept(), |verdict| {
+                finding.verdict.disposition == verdict
+            })
     }
 }
 
@@ -539,15 +539,10 @@ fn chain_of(baseline: &ImageBaseline) -> impl Iterator<Item = (LayerId, ChainId)
     layers.into_iter().zip(ChainId::of_layers(&diff_ids))
 }
 
-/// Whether an exception accepts it.
-pub(super) fn is_accepted(finding: &Finding) -> bool {
-    finding.verdict.disposition == Disposition::Accept
-}
-
 /// A finding as an error names it.
 fn describe(finding: &Finding) -> String {
     let path = finding.file.as_ref().map(|file| format!(" {}", file.path)).unwrap_or_default();
-    let accepted = if is_accepted(finding) { ", accepted" } else { "" };
+    let accepted = if finding.verdict.is_accept() { ", accepted" } else { "" };
     format!("{} ({}, {} times{accepted}){path}", finding.kind, finding.severity, finding.count)
 }
 

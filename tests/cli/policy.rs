@@ -120,7 +120,7 @@ fn other_rules_are_tried_on_what_the_history_holds() {
     for one in [&mut plugin, &mut other] {
         (one.kind, one.session) = (Kind::ExecNew, None);
     }
-    // Three files of one directory, two of which the tested rules accept.
+    // A finding stands for three files. The tested rules accept two of them.
     let mut many = finding(3, 30);
     (many.kind, many.files, many.session) = (Kind::FileAdded, Some(3), None);
     let seen = |path: &str| {

@@ -13,6 +13,7 @@ use crate::api::{convert, proto};
 use crate::baseline::KnownBy;
 use crate::health::{Backlog, Failure};
 use crate::pipeline::{self, ApiRequest, ContainerView};
+use crate::policy::Policy;
 use crate::threads::View;
 
 /// What has to be read from a disk.
@@ -27,11 +28,11 @@ impl Service {
     pub(super) async fn status(&self) -> Result<proto::GetStatusResponse, Status> {
         let backend = self.backend()?;
         let health = &backend.health;
-        let (status, containers) = self.pipeline_status().await?;
+        let (status, containers, policy) = self.pipeline_status().await?;
         let without_baseline =
             containers.iter().filter(|view| view.baseline.starts_with("none")).count();
-        let policy = self.ask(ApiRequest::Policy).await?;
-        let policy = convert::policy_status_to_proto(&policy, jiff::Timestamp::now());
+        let now = jiff::Timestamp::now();
+        let policy = policy.map(|policy| convert::policy_status_to_proto(&policy, now));
         let kept = self.kept().await?;
         let backlogs = health.backlogs();
 
@@ -47,7 +48,7 @@ impl Service {
         let missing = health.missing.get().into_iter().flatten();
         let counter = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         Ok(proto::GetStatusResponse {
-            policy: Some(policy),
+            policy,
             version: env!("CARGO_PKG_VERSION").into(),
             node: backend.node.clone(),
             started_at: Some(convert::time_to_proto(status.started_at)),
@@ -81,14 +82,17 @@ impl Service {
     }
 
     /// What the pipeline knows, or what is known without it if it does not reply in time.
-    async fn pipeline_status(&self) -> Result<(pipeline::Status, Vec<ContainerView>), Status> {
+    async fn pipeline_status(
+        &self,
+    ) -> Result<(pipeline::Status, Vec<ContainerView>, Option<Policy>), Status> {
         let replies = async {
             let status = self.ask(ApiRequest::Status).await?;
-            Ok::<_, Status>((status, self.ask(ApiRequest::Containers).await?))
+            let containers = self.ask(ApiRequest::Containers).await?;
+            Ok::<_, Status>((status, containers, Some(self.ask(ApiRequest::Policy).await?)))
         };
         match tokio::time::timeout(BUSY, replies).await {
             Ok(replies) => replies,
-            Err(_) => Ok((no_reply(&self.backend()?.health.threads.views()), Vec::new())),
+            Err(_) => Ok((no_reply(&self.backend()?.health.threads.views()), Vec::new(), None)),
         }
     }
 

@@ -144,8 +144,8 @@ impl Images {
 }
 
 /// Stores each archive of an image's layers under the chain ID of the stack that ends with
-/// its layer. A layer may have several archives (gzip, zstd). Which one is kept does not depend on the order in which
-/// images are resolved.
+/// its layer. A layer may have several archives (gzip, zstd). Which one is kept does not depend
+/// on the order in which images are resolved.
 pub(super) fn learn_blobs(
     blobs: &mut HashMap<(Arc<str>, ChainId), Blob>,
     endpoint: &Arc<str>,

@@ -21,7 +21,7 @@ use crate::health::{Failure, Health};
 use crate::history::files::Heartbeat;
 use crate::history::json;
 use crate::history::record::Record;
-use crate::model::{ContainerId, Disposition};
+use crate::model::ContainerId;
 use crate::threads;
 
 /// Least time between two commits, unless a batch is full.
@@ -232,7 +232,7 @@ impl Writing {
 fn counted(record: Record, health: &Health) -> Record {
     if let Record::Finding(finding) | Record::Aggregate { finding, .. } = &record
         && finding.revision == 1
-        && finding.verdict.disposition != Disposition::Accept
+        && !finding.verdict.is_accept()
     {
         health.count_finding(finding.kind.name(), finding.severity.name());
     }

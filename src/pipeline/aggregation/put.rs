@@ -21,7 +21,6 @@ use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
 use crate::pipeline::responses::Cause;
 use crate::pipeline::state::State;
-use crate::policy::Decision;
 
 /// The aggregated finding that a file goes into.
 pub(super) enum Target {
@@ -84,7 +83,7 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let Emission { observation, evidence, now, .. } = *emission;
-        if emission.verdict.disposition != Disposition::Accept {
+        if !emission.verdict.is_accept() {
             self.session_caused(observation, evidence.process, id, now, effects);
         }
         let container = &observation.container;
@@ -148,7 +147,7 @@ impl State {
                 &finding.map_or_else(|| self.policy.report(), |finding| finding.verdict.clone())
             }
         };
-        if verdict.disposition == Disposition::Accept {
+        if verdict.is_accept() {
             return;
         }
         self.session_caused(observation, evidence.process, id, now, effects);
@@ -177,8 +176,8 @@ impl State {
         };
         let is_aggregated = finding.files.is_some();
         // No container can make more of these than there are kinds and rules.
-        let always_has_room =
-            matches!(target, Target::Group(group) if group.is_rest()) || is_accepted(&finding);
+        let always_has_room = matches!(target, Target::Group(group) if group.is_rest())
+            || finding.verdict.is_accept();
         let Some(entry) = self.inventory.get_mut(container) else { return };
         if !always_has_room && !entry.findings.has_room_for(&finding) {
             self.fold(emission, &finding, effects);
@@ -217,7 +216,7 @@ impl State {
         let Some(finding) = entry.findings.get(&id) else { return };
         let known = entry.members.of(file.aspect, file.path);
         let is_known = known.is_some_and(|(known, _)| known == id);
-        let is_accepted = is_accepted(finding);
+        let is_accepted = finding.verdict.is_accept();
         // What is expected leaves the room to what is not.
         let most = if is_accepted { MAX_ACCEPTED } else { MAX_LISTED };
         let has_room = is_known || finding.files.unwrap_or(1) < most;
@@ -303,8 +302,9 @@ impl State {
             finding.from_image = State::from_image(entry, std::iter::once(manager));
         }
         finding.session = self.session_of(observation, Some(manager));
-        let Decision { verdict, severity } = self.decide_finding(&finding, emission.now);
-        (finding.verdict, finding.severity) = (verdict, severity);
+        let container = &observation.container;
+        let session = self.sessions.session(container, observation.session, Some(manager));
+        self.decide_finding(&mut finding, session, emission.now);
         finding
     }
 
@@ -452,10 +452,6 @@ impl State {
             self.publish_aggregate(&container, id, effects);
         }
     }
-}
-
-fn is_accepted(finding: &Finding) -> bool {
-    finding.verdict.disposition == Disposition::Accept
 }
 
 fn join(one: Option<String>, other: Option<String>) -> Option<String> {

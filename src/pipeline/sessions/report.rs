@@ -4,16 +4,15 @@
 use jiff::Timestamp;
 
 use super::origin::describe;
-use crate::model::finding::Subject as About;
+use crate::model::finding::Subject;
 use crate::model::session::MAX_SESSION_FINDINGS;
 use crate::model::{
-    ContainerId, Disposition, Entry, Finding, FindingId, Interactive, Kind, Observation, Process,
+    ContainerId, Entry, Finding, FindingId, Interactive, Kind, Observation, Process,
     ProcessIdentity, Session, SessionId, Source,
 };
 use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
-use crate::policy::{Decision, Subject};
 
 /// The detail of a finding about a probe that is reported after all.
 const IS_PROBE: &str = "it is run again and again like a probe, and ran what is not the image's";
@@ -98,16 +97,16 @@ impl State {
         let SessionReport { session, root, init, source, now, .. } = *report;
         let (container, process) = (&session.container.id, &session.process);
         let subject = if kind == Kind::SessionExec {
-            About::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
+            Subject::Command { exe: process.exe.as_deref(), argv: process.argv.as_deref() }
         } else {
-            About::Process(root)
+            Subject::Process(root)
         };
         let id = FindingId::new(Some(container), kind, &subject);
         let seen = session.ended_at.unwrap_or(session.started_at);
         let found = self.session_finding(report, kind, id)?;
         let run = found.run;
         let verdict = found.verdict.clone();
-        if verdict.disposition == Disposition::Accept {
+        if verdict.is_accept() {
             self.accept_finding(container, found, now, effects);
             return None;
         }
@@ -152,14 +151,7 @@ impl State {
         finding.last_seen = session.ended_at.unwrap_or(at);
         let detail = if is_probe { Some(IS_PROBE) } else { describe(session.entry) };
         finding.detail = detail.map(ToOwned::to_owned);
-        if self.policy.has_rules() {
-            let severity = finding.severity;
-            let session = Some(session);
-            let subject =
-                Subject { finding: &finding, severity, session, may_be_of_session: false };
-            let Decision { verdict, severity } = self.policy.decide(&subject, now);
-            (finding.verdict, finding.severity) = (verdict, severity);
-        }
+        self.decide_finding(&mut finding, Some(session), now);
         Some(finding)
     }
 

@@ -10,7 +10,7 @@ use super::cadence::Cadences;
 use crate::budget::{self, Pool, Share};
 use crate::model::{
     Ancestor, Command, ContainerId, Entry, Exit, Probe, ProbeId, Process, ProcessIdentity, Session,
-    SessionId, SessionState,
+    SessionState,
 };
 
 /// Sessions of one container that are known at once, closed ones among them: their processes
@@ -287,15 +287,6 @@ impl Sessions {
     ) -> Option<&Session> {
         let root = self.of(container, descent, process)?;
         self.containers.get(container)?.live.get(&root).map(|live| &live.session)
-    }
-
-    pub(in crate::pipeline) fn with_id(
-        &self,
-        container: &ContainerId,
-        id: SessionId,
-    ) -> Option<&Session> {
-        let known = self.containers.get(container)?;
-        known.live.values().map(|live| &live.session).find(|session| session.id == id)
     }
 
     /// Whether a session was open in the container after `since`. Probes do not count.
