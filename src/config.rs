@@ -200,6 +200,13 @@ pub struct PolicyFiles {
     pub dir: PathBuf,
     /// Whether the answers of rules are carried out.
     pub enforce: Enforce,
+    /// The names of the profiles that are switched on: reviewed exceptions, which come after
+    /// the policy files.
+    pub profiles: Vec<String>,
+    /// The directory of the profiles.
+    pub profile_dir: PathBuf,
+    /// minisign's public key. If it is given, the policy files need a signature by it.
+    pub public_key: String,
 }
 
 /// Whether the answers of rules are carried out. `respond.kill_on` does not depend on it.
@@ -225,7 +232,20 @@ impl Enforce {
 
 impl Default for PolicyFiles {
     fn default() -> PolicyFiles {
-        PolicyFiles { dir: "/etc/driftd/policy.d".into(), enforce: Enforce::DryRun }
+        PolicyFiles {
+            dir: "/etc/driftd/policy.d".into(),
+            enforce: Enforce::DryRun,
+            profiles: Vec::new(),
+            profile_dir: "/usr/share/driftd/baselines".into(),
+            public_key: String::new(),
+        }
+    }
+}
+
+impl PolicyFiles {
+    /// The policy files of one directory, with no profiles and without a signature.
+    pub fn of(dir: &Path) -> PolicyFiles {
+        PolicyFiles { dir: dir.into(), ..PolicyFiles::default() }
     }
 }
 
@@ -438,6 +458,7 @@ impl Config {
             ("state_dir", &config.state_dir),
             ("socket", &config.socket),
             ("policy.dir", &config.policy.dir),
+            ("policy.profile_dir", &config.policy.profile_dir),
         ]
         .into_iter()
         .chain(config.containerd.sockets.iter().map(|socket| ("containerd.sockets", socket)))
@@ -477,11 +498,14 @@ impl Config {
 }
 
 /// Settings that take effect while driftd runs. All others are read at its start.
-const LIVE: [&str; 6] = [
+const LIVE: [&str; 9] = [
     "history.max_bytes",
     "history.retention",
     "policy.dir",
     "policy.enforce",
+    "policy.profile_dir",
+    "policy.profiles",
+    "policy.public_key",
     "respond.kill_on",
     "watch.probe_patience",
 ];
@@ -736,7 +760,8 @@ mod tests {
         let new = Config::parse(
             "socket = \"/run/other.sock\"\n[watch]\nsettle = \"2s\"\nprobe_patience = \"5s\"\n\
              [history]\nmax_bytes = 2000000\nretention = \"1d\"\n\
-             [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\n\
+             [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\nprofiles = [\"apt\"]\n\
+             profile_dir = \"/etc/baselines\"\npublic_key = \"RW\"\n\
              [respond]\nkill_on = [\"exec.new\"]",
         )
         .unwrap();

@@ -71,7 +71,7 @@ pub fn run(
     let history = History::open(&config.state_dir)?;
     let reader = history.reader();
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let rules = Rules::new(&config.policy.dir);
+    let rules = Rules::new(&config.policy);
     let (policy_reloads, policy_reload_requests) = mpsc::channel(8);
     let (state, gap) = restore(config, &rules, &node, &health, &history)?;
     let baselines = config.state_dir.join("baselines");

@@ -37,6 +37,7 @@ mod sessions;
 mod settings;
 mod show;
 mod status;
+mod suggest;
 mod story;
 mod summary;
 mod timeline;
@@ -134,7 +135,7 @@ impl Run {
     fn run(self, socket: Option<&Path>) -> anyhow::Result<Exit> {
         let config = self.settings.load(socket)?;
         if self.check {
-            return Ok(match policy::faults(&config.policy.dir) {
+            return Ok(match policy::faults(&config.policy) {
                 None => Exit::Clean,
                 Some(faults) => {
                     eprintln!("{faults}");

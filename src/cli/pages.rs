@@ -81,6 +81,19 @@ pub(super) async fn fetch_pages<T>(
     }
 }
 
+/// Fetches all pages.
+pub(super) async fn fetch_all<T>(
+    fetch: impl AsyncFnMut(u32, String) -> anyhow::Result<Page<T>>,
+) -> anyhow::Result<Vec<T>> {
+    let mut all = Vec::new();
+    let keep = |page: Vec<T>| {
+        all.extend(page);
+        Ok(())
+    };
+    fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
+    Ok(all)
+}
+
 /// Prints a list page by page as the pages come, and a hint to what is not printed. Returns
 /// how many items were printed.
 pub(super) async fn print_pages<T: Listed>(

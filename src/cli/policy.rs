@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -13,8 +14,9 @@ use super::client::{Client, Server, call, explain, talk};
 use super::exit::Exit;
 use super::output::{Field, Listed, Listing, Output, Style, age, list, one, safe, time, write};
 use super::rehearse;
+use super::suggest;
 use crate::api::{convert, proto};
-use crate::config::Config;
+use crate::config::{Config, PolicyFiles};
 use crate::model::{Finding, Session};
 use crate::policy::{self, Owners, Reason, Rule, Subject};
 
@@ -28,6 +30,10 @@ pub(super) enum Policy {
     Explain(Explain),
     /// Show what other rules would have decided about the findings of the history
     Test(rehearse::Test),
+    /// Propose exceptions for findings that are expected
+    Suggest(suggest::Suggest),
+    /// List the profiles: reviewed exceptions for one runtime or distribution
+    Profiles(ListProfiles),
     /// Have the daemon read the policy files again
     Reload(Reload),
     /// Print the JSON Schema of a policy file, for editors
@@ -41,6 +47,29 @@ pub(super) struct Check {
     /// The settings that name the directory
     #[arg(long, value_name = "FILE", conflicts_with = "directory")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    profiles: Profiles,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Profiles {
+    /// A profile that is switched on too (may be given more than once)
+    #[arg(long = "profile", value_name = "NAME")]
+    pub(super) names: Vec<String>,
+    /// The directory of the profiles
+    #[arg(long, value_name = "DIRECTORY", default_value_os_t = PolicyFiles::default().profile_dir)]
+    pub(super) profile_dir: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ListProfiles {
+    /// The directory of the profiles [default: the one in the settings]
+    directory: Option<PathBuf>,
+    /// The settings that name the directory
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    listing: Listing,
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,7 +98,7 @@ pub(super) struct Reload {
 impl Policy {
     /// Whether only the history is read.
     pub(super) fn reads_history(&self) -> bool {
-        matches!(self, Policy::Explain(Explain { rules: Some(_), .. }))
+        matches!(self, Policy::Explain(Explain { rules: Some(_), .. }) | Policy::Suggest(_))
     }
 
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
@@ -78,6 +107,8 @@ impl Policy {
             Policy::Ls(ls) => ls.run(server),
             Policy::Explain(explain) => explain.run(server),
             Policy::Test(test) => test.run(server),
+            Policy::Suggest(suggest) => suggest.run(server),
+            Policy::Profiles(profiles) => profiles.run(),
             Policy::Reload(reload) => {
                 let reply = call(server, proto::ReloadPolicyRequest {}, Client::reload_policy)?;
                 let status = policy_json(reply.status.unwrap_or_default())?;
@@ -95,19 +126,23 @@ impl Policy {
 }
 
 /// What is wrong with the policy files of the daemon.
-pub(super) fn faults(directory: &Path) -> Option<String> {
-    policy::read(directory, Owners::Own).err().map(|refused| refused.to_string())
+pub(super) fn faults(from: &PolicyFiles) -> Option<String> {
+    policy::read(from, Owners::Own).err().map(|refused| refused.to_string())
 }
 
 impl Check {
     fn run(self) -> anyhow::Result<Exit> {
-        let directory = match self.directory {
-            Some(directory) => directory,
-            None => Config::load(self.config.as_deref())?.policy.dir,
+        let from = match self.directory {
+            Some(dir) => self.profiles.with(PolicyFiles::of(&dir)),
+            None => self.profiles.with(Config::load(self.config.as_deref())?.policy),
         };
-        let shown = safe(&directory.to_string_lossy());
-        match policy::read(&directory, Owners::Any) {
-            Ok(Some(loaded)) => {
+        let shown = safe(&from.dir.to_string_lossy());
+        match policy::read(&from, Owners::Any) {
+            Ok(loaded) if !loaded.has_directory && from.profiles.is_empty() => {
+                eprintln!("error: {shown}: there is no such directory");
+                Ok(Exit::Usage)
+            }
+            Ok(loaded) => {
                 let (rules, now) = (loaded.rules.rules(), Timestamp::now());
                 let mut text =
                     format!("{shown}: {} rules in {} files\n", rules.len(), loaded.files.len());
@@ -124,15 +159,106 @@ impl Check {
                 write(text.as_bytes())?;
                 Ok(Exit::Clean)
             }
-            Ok(None) => {
-                eprintln!("error: {shown}: there is no such directory");
-                Ok(Exit::Usage)
-            }
             Err(refused) => {
                 eprintln!("{refused}");
                 Ok(Exit::Usage)
             }
         }
+    }
+}
+
+impl Profiles {
+    /// The same files with these profiles.
+    pub(super) fn with(self, files: PolicyFiles) -> PolicyFiles {
+        match self.names.is_empty() {
+            true => files,
+            false => {
+                PolicyFiles { profiles: self.names, profile_dir: self.profile_dir, ..files }
+            }
+        }
+    }
+}
+
+/// One profile.
+#[derive(Debug, Serialize)]
+struct ProfileJson {
+    schema: &'static str,
+    name: String,
+    about: Option<String>,
+    rules: Vec<ProfileRuleJson>,
+    /// Whether the settings switch it on.
+    on: bool,
+    /// Why it cannot be used; null if it can.
+    fault: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProfileRuleJson {
+    id: String,
+    reason: String,
+}
+
+impl ListProfiles {
+    fn run(self) -> anyhow::Result<Exit> {
+        let settings = Config::load(self.config.as_deref())?.policy;
+        let directory = self.directory.unwrap_or(settings.profile_dir);
+        let names = policy::profile_names(&directory)
+            .with_context(|| format!("cannot read {}", safe(&directory.to_string_lossy())))?;
+        let profiles: Vec<ProfileJson> = names
+            .into_iter()
+            .map(|name| {
+                let on = settings.profiles.contains(&name);
+                ProfileJson::of(&directory, name, on)
+            })
+            .collect();
+        list(&profiles, &self.listing)?;
+        self.listing.note_if_empty(profiles.len(), "there is no profile");
+        Ok(Exit::Clean)
+    }
+}
+
+impl ProfileJson {
+    fn of(directory: &Path, name: String, on: bool) -> ProfileJson {
+        let names = [name.clone()];
+        let read = policy::read_profiles(directory, &names)
+            .and_then(|files| policy::parse(directory, files));
+        let (about, rules, fault) = match read {
+            Ok(loaded) => {
+                let rules = loaded.rules.rules().iter().map(|rule| ProfileRuleJson {
+                    id: rule.id.to_string(),
+                    reason: rule.reason.clone(),
+                });
+                (loaded.about.first().cloned(), rules.collect(), None)
+            }
+            Err(refused) => (None, Vec::new(), Some(refused.to_string())),
+        };
+        ProfileJson { schema: "driftd.profile/v1", name, about, rules, on, fault }
+    }
+}
+
+impl Listed for ProfileJson {
+    type Json<'a> = &'a ProfileJson;
+
+    fn json(&self) -> &ProfileJson {
+        self
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn header(_: bool) -> Vec<&'static str> {
+        vec!["PROFILE", "RULES", "ON", "ABOUT"]
+    }
+
+    fn row(&self, _: &Style) -> Vec<Field> {
+        let about = self.fault.as_deref().or(self.about.as_deref()).unwrap_or_default();
+        vec![
+            safe(&self.name).into(),
+            self.rules.len().to_string().into(),
+            if self.on { "yes" } else { "no" }.to_owned().into(),
+            safe(about).into(),
+        ]
     }
 }
 
@@ -149,6 +275,10 @@ pub(super) struct PolicyJson {
     /// Why the files as they are now were refused; null if they were not.
     pub(super) refused: Option<String>,
     pub(super) ends: Vec<RuleEndJson>,
+    /// The profiles that are switched on.
+    pub(super) profiles: Vec<String>,
+    /// The trusted comment of the files' signature; null if no signature is needed.
+    pub(super) signed: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -159,13 +289,33 @@ pub(super) struct RuleEndJson {
 }
 
 pub(super) fn policy_json(status: proto::PolicyStatus) -> anyhow::Result<PolicyJson> {
-    let proto::PolicyStatus { generation, version, digest, enforce, rules, refused, ends } = status;
+    let proto::PolicyStatus {
+        generation,
+        version,
+        digest,
+        enforce,
+        rules,
+        refused,
+        ends,
+        profiles,
+        signed,
+    } = status;
     let end = |proto::RuleEnd { id, expires, expired }| {
         let expires = convert::time_from_proto("expires", expires)?;
         Ok(RuleEndJson { id, expires, expired })
     };
     let ends = ends.into_iter().map(end).collect::<anyhow::Result<_>>()?;
-    Ok(PolicyJson { generation, version, digest, enforce, rules, refused, ends })
+    Ok(PolicyJson {
+        generation,
+        version,
+        digest,
+        enforce,
+        rules,
+        refused,
+        ends,
+        profiles,
+        signed,
+    })
 }
 
 /// One line about the rules in force.
@@ -175,8 +325,13 @@ pub(super) fn summary(status: &PolicyJson) -> String {
         .digest
         .as_deref()
         .map(|digest| format!(", {}", safe(digest.get(.."blake3:".len() + 12).unwrap_or(digest))));
+    let profiles = match status.profiles.as_slice() {
+        [] => String::new(),
+        profiles => format!(", profiles {}", safe(&profiles.join(" "))),
+    };
+    let signed = if status.signed.is_some() { ", signed" } else { "" };
     format!(
-        "{} rules{}{} (generation {}, enforce = {})",
+        "{} rules{}{}{profiles}{signed} (generation {}, enforce = {})",
         status.rules,
         version.unwrap_or_default(),
         digest.unwrap_or_default(),
@@ -317,8 +472,7 @@ impl Explain {
             let finding = convert::finding_from_proto(finding)?;
             let session = session_of(&mut client, &finding).await?;
             let loaded = match &self.rules {
-                Some(directory) => policy::read(directory, Owners::Any)?
-                    .ok_or_else(|| anyhow::anyhow!("{}: no such directory", directory.display()))?,
+                Some(directory) => rehearse::rules_of(directory)?,
                 None => rehearse::in_force(&mut client).await?,
             };
             Ok((finding, session, loaded))

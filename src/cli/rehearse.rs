@@ -15,21 +15,26 @@ use super::describe::subject as about;
 use super::exit::Exit;
 use super::findings::fetch;
 use super::output::{Output, one, safe, short, time};
-use super::pages::{OfContainer, fetch_pages, page};
+use super::pages::{OfContainer, fetch_all, page};
+use super::policy::Profiles;
 use super::when::{self, When};
 use crate::api::{convert, proto};
+use crate::config::PolicyFiles;
 use crate::model::{
     ContainerId, Disposition, Finding, Kind, Member, Session, SessionId, Severity, Verdict,
 };
-use crate::policy::{self, Loaded, Owners, Policy, PolicyFile, Subject};
+use crate::policy::{self, Decision, Loaded, Owners, Policy, PolicyFile, Subject};
 
 /// Changed decisions that are shown to people.
 const MOST_SHOWN: usize = 30;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Test {
-    /// The directory of the other rules
-    directory: PathBuf,
+    /// The directory of the other rules [default: the rules in force, with the profiles]
+    #[arg(required_unless_present = "names")]
+    directory: Option<PathBuf>,
+    #[command(flatten)]
+    profiles: Profiles,
     /// Only findings that were last seen after this time
     #[arg(long, value_name = "TIME", default_value = "7d", allow_hyphen_values = true, value_parser = when::parse)]
     since: When,
@@ -87,25 +92,42 @@ struct DecisionJson {
 
 impl Test {
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
-        let tested = policy::read(&self.directory, Owners::Any)?.ok_or_else(|| {
-            anyhow::anyhow!("{}: there is no such directory", self.directory.display())
-        })?;
-        let since = when::to_proto(Some(&self.since))?;
+        let Test { directory, profiles, since, container, output } = self;
+        let since = when::to_proto(Some(&since))?;
+        let profiles = policy::read_profiles(&profiles.profile_dir, &profiles.names)?;
         let result = talk(server, async |mut client: Client| {
-            let in_force = Policy::rehearsed(&in_force(&mut client).await?);
-            let sets = Sets { in_force, tested: Policy::rehearsed(&tested) };
-            rehearse(&mut client, &sets, self.container.to_proto(), since).await
+            let in_force = in_force(&mut client).await?;
+            let files = match &directory {
+                Some(directory) => rules_of(directory)?.files,
+                None => in_force.files.clone(),
+            };
+            let is_there = |file: &PolicyFile| files.iter().any(|one| one.profile == file.profile);
+            let added = profiles.iter().filter(|file| !is_there(file));
+            let files = files.iter().chain(added).cloned().collect();
+            let tested = policy::parse(directory.as_deref().unwrap_or(Path::new("")), files)?;
+            let sets = Sets {
+                in_force: Policy::rehearsed(&in_force),
+                tested: Policy::rehearsed(&tested),
+            };
+            rehearse(&mut client, &sets, container.to_proto(), since).await
         })?;
-        one(&result, self.output.format, || text(&result))?;
+        one(&result, output.format, || text(&result))?;
         Ok(Exit::Clean)
     }
+}
+
+/// The rules of a directory.
+pub(super) fn rules_of(directory: &Path) -> anyhow::Result<Loaded> {
+    let loaded = policy::read(&PolicyFiles::of(directory), Owners::Any)?;
+    anyhow::ensure!(loaded.has_directory, "{}: there is no such directory", directory.display());
+    Ok(loaded)
 }
 
 /// The rules in force, made of the files as the daemon has read them.
 pub(super) async fn in_force(client: &mut Client) -> anyhow::Result<Loaded> {
     let request = proto::GetPolicyRequest {};
     let files = client.get_policy(request).await.map_err(explain)?.into_inner().files;
-    let files = files.into_iter().map(|file| PolicyFile { name: file.name, text: file.text });
+    let files = files.into_iter().map(convert::policy_file_from_proto);
     Ok(policy::parse(Path::new(""), files.collect())?)
 }
 
@@ -135,16 +157,11 @@ async fn rehearse(
             accepted,
             ..proto::FindingFilter::default()
         };
-        let mut findings: Vec<Finding> = Vec::new();
         let fetch = async |size, token| fetch(client, &filter, size, token).await;
-        let keep = |page: Vec<Finding>| {
-            findings.extend(page);
-            Ok(())
-        };
-        fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
+        let findings: Vec<Finding> = fetch_all(fetch).await?;
         for finding in findings {
             let members = match finding.files {
-                Some(_) => members(client, &finding).await?,
+                Some(_) => fetch_members(client, &finding).await?,
                 None => Vec::new(),
             };
             let session = finding.session.and_then(|id| sessions.get(&id));
@@ -158,7 +175,6 @@ async fn sessions(
     client: &mut Client,
     container: &str,
 ) -> anyhow::Result<HashMap<SessionId, Session>> {
-    let mut sessions = HashMap::new();
     let fetch = async |page_size, page_token| {
         let filter = proto::SessionFilter {
             container: container.to_owned(),
@@ -168,28 +184,22 @@ async fn sessions(
         let found = client.list_sessions(request).await.map_err(explain)?.into_inner();
         page(found.sessions, found.next_page_token, convert::session_from_proto)
     };
-    let keep = |page: Vec<Session>| {
-        sessions.extend(page.into_iter().map(|session| (session.id, session)));
-        Ok(())
-    };
-    fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
-    Ok(sessions)
+    let sessions: Vec<Session> = fetch_all(fetch).await?;
+    Ok(sessions.into_iter().map(|session| (session.id, session)).collect())
 }
 
-async fn members(client: &mut Client, finding: &Finding) -> anyhow::Result<Vec<Member>> {
-    let mut members = Vec::new();
+/// The files of an aggregated finding.
+pub(super) async fn fetch_members(
+    client: &mut Client,
+    finding: &Finding,
+) -> anyhow::Result<Vec<Member>> {
     let finding = finding.id.to_string();
     let fetch = async |page_size, page_token| {
         let request = proto::ListMembersRequest { finding: finding.clone(), page_size, page_token };
         let found = client.list_members(request).await.map_err(explain)?.into_inner();
         page(found.members, found.next_page_token, convert::member_from_proto)
     };
-    let keep = |page: Vec<Member>| {
-        members.extend(page);
-        Ok(())
-    };
-    fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
-    Ok(members)
+    fetch_all(fetch).await
 }
 
 impl RehearsalJson {
@@ -231,6 +241,40 @@ impl CountsJson {
     }
 }
 
+/// The decisions about a finding: one for each of its files, if they are known one by one.
+fn decisions(
+    policy: &Policy,
+    finding: &Finding,
+    members: &[Member],
+    session: Option<&Session>,
+) -> Vec<Decision> {
+    let severity = finding.verdict.unchanged_severity.unwrap_or(finding.severity);
+    let of = |finding: &Finding| {
+        let subject = Subject { finding, severity, session, may_be_of_session: false };
+        policy.decide(&subject, Timestamp::now())
+    };
+    if members.is_empty() || finding.kind == Kind::PackageTransaction {
+        return vec![of(finding)];
+    }
+    let mut one = finding.clone();
+    let of_member = |member: &Member| {
+        one.kind = member.kind;
+        if let Some(file) = &mut one.file {
+            (file.path, file.blake3, file.sha256) = (member.path.clone(), member.blake3, None);
+        }
+        of(&one)
+    };
+    members.iter().map(of_member).collect()
+}
+
+/// How many files of a finding would be accepted: 1 for a whole finding without files.
+pub(super) fn accepted_files(policy: &Policy, finding: &Finding, members: &[Member]) -> usize {
+    let decisions = decisions(policy, finding, members, None);
+    let is_whole = decisions.len() == 1;
+    let accepted = decisions.iter().filter(|decision| decision.verdict.is_accept()).count();
+    if is_whole { accepted * members.len().max(1) } else { accepted }
+}
+
 /// The decision about a finding. One about several files is accepted if each of them is.
 fn decide(
     policy: &Policy,
@@ -238,42 +282,22 @@ fn decide(
     members: &[Member],
     session: Option<&Session>,
 ) -> DecisionJson {
-    let severity = finding.verdict.unchanged_severity.unwrap_or(finding.severity);
-    let of = |finding: &Finding| {
-        let subject = Subject { finding, severity, session, may_be_of_session: false };
-        policy.decide(&subject, Timestamp::now())
+    let decisions = decisions(policy, finding, members, session);
+    let accepted = decisions.iter().filter(|one| one.verdict.is_accept()).count() as u64;
+    let files = decisions.len() as u64;
+    let is_listed = files > 1 || !members.is_empty() && finding.kind != Kind::PackageTransaction;
+    let last = decisions.iter().rfind(|one| !one.verdict.is_accept()).or(decisions.last());
+    let Some(Decision { verdict, severity }) = last.cloned() else {
+        return DecisionJson::default();
     };
-    let decision = of(finding);
-    let whole = |Verdict { disposition, rule, action, .. }: Verdict, severity| DecisionJson {
+    let Verdict { disposition, rule, action, .. } = verdict;
+    DecisionJson {
         disposition: Some(disposition),
         severity: Some(severity),
         rule,
         action,
-        ..DecisionJson::default()
-    };
-    if members.is_empty() || finding.kind == Kind::PackageTransaction {
-        return whole(decision.verdict, decision.severity);
-    }
-    let mut one = finding.clone();
-    let (mut accepted, mut last) = (0, None);
-    for member in members {
-        one.kind = member.kind;
-        if let Some(file) = &mut one.file {
-            (file.path, file.blake3, file.sha256) = (member.path.clone(), member.blake3, None);
-        }
-        let decision = of(&one);
-        if decision.verdict.is_accept() {
-            accepted += 1;
-        } else {
-            last = Some(decision);
-        }
-    }
-    let decision = last.unwrap_or(decision);
-    let files = members.len() as u64;
-    DecisionJson {
-        accepted_files: Some(accepted),
-        files: Some(files),
-        ..whole(decision.verdict, decision.severity)
+        accepted_files: is_listed.then_some(accepted),
+        files: is_listed.then_some(files),
     }
 }
 

@@ -448,6 +448,8 @@ mod tests {
                         expired: true,
                     },
                 ],
+                profiles: vec!["apt".into(), "pip".into()],
+                signed: Some("set 7".into()),
             }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,

@@ -43,7 +43,7 @@ pub(super) async fn reload(
     reread: impl Fn() -> anyhow::Result<Config>,
     mut now: Reloading,
 ) {
-    let mut changes = Changes::of(&now.config.policy.dir);
+    let mut changes = Changes::of(&now.config.policy);
     loop {
         tokio::select! {
             signal = hangups.recv() => {
@@ -70,7 +70,7 @@ pub(super) async fn reload(
         }
         // The directory may be another one, or have come. It is watched before it is read, so
         // that no change is missed.
-        changes = Changes::of(&now.config.policy.dir);
+        changes = Changes::of(&now.config.policy);
         let _ = now.read_rules().await;
     }
 }
@@ -88,11 +88,11 @@ impl Reloading {
 
     /// Reads the policy files. True if other rules are to be in force.
     async fn load_rules(&mut self) -> bool {
-        let directory = self.config.policy.dir.clone();
+        let from = self.config.policy.clone();
         let mut rules = std::mem::take(&mut self.rules);
         // The files may lie on a slow disk; a worker of the runtime must not wait for it.
         let read = tokio::task::spawn_blocking(move || {
-            let is_new = rules.read_again(&directory);
+            let is_new = rules.read_again(&from);
             (rules, is_new)
         });
         let Ok((rules, is_new)) = read.await else { return false };

@@ -10,6 +10,7 @@ use std::time::Duration;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 
+use crate::config::PolicyFiles;
 use crate::policy::{self, Fault, Loaded, Owners, Refused};
 
 /// How long files must be left alone before they are read: an editor writes more than once.
@@ -26,9 +27,9 @@ pub(super) struct Rules {
 impl Rules {
     /// Reads the files for the first time. With a fault in them, no rule is in force: all is
     /// reported.
-    pub(super) fn new(directory: &Path) -> Rules {
-        match policy::read(directory, Owners::Own) {
-            Ok(loaded) => Rules { loaded, refused: None },
+    pub(super) fn new(from: &PolicyFiles) -> Rules {
+        match policy::read(from, Owners::Own) {
+            Ok(loaded) => Rules { loaded: Some(loaded), refused: None },
             Err(refused) => {
                 tracing::error!("the policy files are refused, no rule is in force:\n{refused}");
                 Rules { loaded: None, refused: Some(refused) }
@@ -37,19 +38,18 @@ impl Rules {
     }
 
     /// Reads the files again. True if other rules are in force now.
-    pub(super) fn read_again(&mut self, directory: &Path) -> bool {
-        let read = policy::read(directory, Owners::Own).and_then(|loaded| match loaded {
+    pub(super) fn read_again(&mut self, from: &PolicyFiles) -> bool {
+        let read = policy::read(from, Owners::Own).and_then(|loaded| {
             // Rules that vanish are more likely an accident than a wish.
-            None if self.has_files() => Err(gone(directory)),
-            loaded => Ok(loaded),
+            let is_gone = !loaded.has_directory && self.has_files();
+            if is_gone { Err(gone(&from.dir)) } else { Ok(loaded) }
         });
         match read {
             Ok(loaded) => {
-                let digest = |loaded: &Option<Loaded>| {
-                    loaded.as_ref().and_then(|loaded| loaded.digest.clone())
-                };
-                let is_new = digest(&loaded) != digest(&self.loaded) || self.refused.is_some();
-                (self.loaded, self.refused) = (loaded, None);
+                let state = |loaded: &Loaded| (loaded.digest.clone(), loaded.signed.clone());
+                let is_new = self.loaded.as_ref().map(state) != Some(state(&loaded))
+                    || self.refused.is_some();
+                (self.loaded, self.refused) = (Some(loaded), None);
                 is_new
             }
             Err(refused) => {
@@ -65,7 +65,7 @@ impl Rules {
     }
 
     fn has_files(&self) -> bool {
-        self.loaded.as_ref().is_some_and(|loaded| !loaded.files.is_empty())
+        self.loaded.as_ref().is_some_and(Loaded::has_files)
     }
 }
 
@@ -82,13 +82,16 @@ pub(super) struct Changes {
 }
 
 impl Changes {
-    pub(super) fn of(directory: &Path) -> Changes {
+    pub(super) fn of(from: &PolicyFiles) -> Changes {
         let (sender, events) = mpsc::channel(1);
-        let (own, parent) = (directory.to_owned(), directory.parent().map(PathBuf::from));
+        let directories = [Some(&from.dir), Some(&from.profile_dir).filter(|_| !from.profiles.is_empty())];
+        let directories: Vec<PathBuf> = directories.into_iter().flatten().cloned().collect();
+        let own = directories.clone();
         let watched = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // One that waits stands for all others. What lies beside the directory is no change.
             let concerns = |event: &notify::Event| {
-                event.need_rescan() || event.paths.iter().any(|path| path.starts_with(&own))
+                let is_own = |path: &PathBuf| own.iter().any(|own| path.starts_with(own));
+                event.need_rescan() || event.paths.iter().any(is_own)
             };
             let is_read = |event: &notify::Event| event.kind.is_access();
             if event.is_ok_and(|event| concerns(&event) && !is_read(&event)) {
@@ -96,19 +99,19 @@ impl Changes {
             }
         });
         let watched = watched.and_then(|mut watcher| {
-            // The directory may come later, or be replaced.
-            if let Some(parent) = parent.filter(|parent| parent.is_dir()) {
-                watcher.watch(&parent, RecursiveMode::NonRecursive)?;
-            }
-            if directory.is_dir() {
-                watcher.watch(directory, RecursiveMode::NonRecursive)?;
+            for directory in &directories {
+                // The directory may come later, or be replaced.
+                let parent = directory.parent().into_iter();
+                for path in parent.chain([directory.as_path()]).filter(|path| path.is_dir()) {
+                    watcher.watch(path, RecursiveMode::NonRecursive)?;
+                }
             }
             Ok(watcher)
         });
         if let Err(err) = &watched {
             tracing::warn!(
                 "changes of {} are not noticed ({err}): driftd policy reload reads the files",
-                directory.display()
+                from.dir.display()
             );
         }
         Changes { events, _watcher: watched.ok() }

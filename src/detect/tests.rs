@@ -135,6 +135,7 @@ fn fact(line: &str) -> FileFact {
                 lower: None,
             },
             process: process(),
+            writer: None,
         },
         "write" => FileFact::Present { path: path(), state: state(), lower: None, writer: None },
         "link" | "mount" => FileFact::Present {

@@ -14,3 +14,4 @@ mod writers;
 pub use self::containers::Inventory;
 pub use self::entry::{BaselineState, Entry, Kill, Killed, WatchState};
 pub use self::members::{Aspect, Reported};
+pub use self::writers::Unpacking;

@@ -10,6 +10,7 @@ mod declared_probe;
 pub mod digest;
 pub mod file;
 pub mod finding;
+pub mod generated;
 pub mod globs;
 mod id;
 pub mod observation;

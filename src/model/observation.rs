@@ -144,7 +144,12 @@ pub enum FileFact {
         writer: Option<Arc<Process>>,
     },
     /// An interpreter of the image was started on a script from elsewhere.
-    Interpreted { script: Script, process: Arc<Process> },
+    Interpreted {
+        script: Script,
+        process: Arc<Process>,
+        /// The writer of the script, if that is known.
+        writer: Option<Arc<Process>>,
+    },
     /// The container's own layer holds this at `path`.
     Present {
         path: RootfsPath,

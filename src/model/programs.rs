@@ -4,7 +4,7 @@
 //! from a name, and what else has to hold. This file reads no files and judges nothing.
 
 use Role::{
-    Accounts, Guard, Installer, InstallerIf, InstallerScript, InstallerScriptIf, Launcher, Linker,
+    Accounts, Archiver, Guard, Installer, InstallerIf, InstallerScript, InstallerScriptIf, Launcher, Linker,
     MultiCall, Runs, RunsInstallers, Runtime, Shell, Tool,
 };
 
@@ -53,6 +53,8 @@ enum Role {
     InstallerScriptIf(&'static [&'static str]),
     /// It makes programs out of objects.
     Linker,
+    /// It writes whole trees of files: it unpacks an archive, or checks out a revision.
+    Archiver,
     /// It starts containers.
     Runtime,
     /// It changes users and groups.
@@ -66,6 +68,9 @@ const CONDA: &[&str] = &["create", "install", "remove", "update", "upgrade"];
 /// In the order of the names, for a binary search.
 #[rustfmt::skip]
 const PROGRAMS: &[(&str, &[Role])] = &[
+    ("7z", &[Archiver]),
+    ("7za", &[Archiver]),
+    ("7zr", &[Archiver]),
     ("addgroup", &[Accounts]),
     ("adduser", &[Accounts]),
     ("aide", &[Guard]),
@@ -79,6 +84,8 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("ausearch", &[Guard]),
     ("awk", &[Runs(Language::Awk)]),
     ("bash", &[Shell, Runs(Language::Shell), Launcher, Tool, Guard]),
+    ("bsdcpio", &[Archiver]),
+    ("bsdtar", &[Archiver]),
     ("bun", &[Launcher]),
     ("busybox", &[Shell, MultiCall]),
     ("busybox.static", &[MultiCall]),
@@ -89,6 +96,7 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("collect2", &[Linker]),
     ("composer", &[InstallerScriptIf(&["install", "remove", "require", "update"])]),
     ("conda", &[InstallerIf(CONDA), InstallerScriptIf(CONDA)]),
+    ("cpio", &[Archiver]),
     ("crun", &[Runtime]),
     ("curl", &[Tool]),
     ("dash", &[Shell, Runs(Language::Shell), Launcher, Tool, Guard]),
@@ -109,11 +117,14 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("ftpput", &[Tool]),
     ("gawk", &[Runs(Language::Awk)]),
     ("gem", &[InstallerScriptIf(&["install", "uninstall", "update"])]),
+    ("git", &[Archiver]),
     ("go", &[InstallerIf(&["install"])]),
     ("gold", &[Linker]),
     ("groupadd", &[Accounts]),
     ("groupdel", &[Accounts]),
     ("groupmod", &[Accounts]),
+    ("gtar", &[Archiver]),
+    ("hg", &[Archiver]),
     ("hush", &[Runs(Language::Shell)]),
     ("ip6tables", &[Guard]),
     ("iptables", &[Guard]),
@@ -150,6 +161,7 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("osqueryd", &[Guard]),
     ("pacman", &[Installer]),
     ("passwd", &[Accounts]),
+    ("pax", &[Archiver]),
     ("pdm", &[InstallerScriptIf(&["add", "install", "remove", "sync", "update"])]),
     ("perl", &[Runs(Language::Perl), Launcher, RunsInstallers, Tool]),
     ("php", &[Runs(Language::Php), Launcher, RunsInstallers]),
@@ -177,6 +189,8 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("strace", &[Guard]),
     ("su", &[Tool]),
     ("sudo", &[Tool]),
+    ("svn", &[Archiver]),
+    ("tar", &[Archiver]),
     ("tcc", &[Linker]),
     ("tclsh", &[Runs(Language::Tcl)]),
     ("tcpdump", &[Guard]),
@@ -186,6 +200,8 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("tftp", &[Tool]),
     ("toybox", &[Shell, MultiCall]),
     ("tripwire", &[Guard]),
+    ("unsquashfs", &[Archiver]),
+    ("unzip", &[Archiver]),
     ("useradd", &[Accounts]),
     ("userdel", &[Accounts]),
     ("usermod", &[Accounts]),
@@ -285,6 +301,23 @@ pub fn is_dynamic_linker(name: &[u8]) -> bool {
 /// Whether a program of this name changes users and groups.
 pub fn changes_accounts(name: &[u8]) -> bool {
     has(name, Accounts)
+}
+
+/// The name under which a process runs its program: that of the applet, for a multi-call
+/// program.
+pub fn called_as<'a>(exe: &'a str, argv: Option<&'a [String]>) -> &'a str {
+    let name = |path: &'a str| path.rsplit('/').next().unwrap_or_default();
+    let is_multicall = |name: &str| is_multicall(name.as_bytes());
+    let given = argv.into_iter().flatten().map(|argument| name(argument));
+    match name(exe) {
+        own if is_multicall(own) => given.take(2).find(|one| !is_multicall(one)).unwrap_or(own),
+        own => own,
+    }
+}
+
+/// Whether a program of this name unpacks archives, or checks out revisions.
+pub fn is_archiver(name: &[u8]) -> bool {
+    has(name, Archiver)
 }
 
 /// Whether a program of this name starts containers. Any program can have the name.

@@ -214,8 +214,13 @@ impl State {
             FileFact::Loaded { .. } => {
                 return self.emit_loaded(observation, fact, assessment, baseline, now, effects);
             }
-            FileFact::Interpreted { script, process } => {
-                return self.emit_script(observation, &assessment, script, process, now, effects);
+            FileFact::Interpreted { script, process, writer } => {
+                let run = Evidence {
+                    process: Some(process),
+                    writer: writer.as_deref(),
+                    ..Evidence::default()
+                };
+                return self.emit_script(observation, &assessment, script, run, now, effects);
             }
             FileFact::Present { path, state, lower, writer } => {
                 self.mark_deleted(container, path, state.blake3(), false, effects);
@@ -313,12 +318,11 @@ impl State {
         observation: &Observation,
         assessment: &Assessment,
         script: &Script,
-        process: &Process,
+        run: Evidence<'_>,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
         let detail;
-        let evidence = Evidence { process: Some(process), ..Evidence::default() };
         let evidence = match script {
             Script::File { path, filesystem, state, lower } => {
                 if self.is_reported_as_script(observation, path, state.blake3()) {
@@ -329,18 +333,33 @@ impl State {
                     filesystem: *filesystem,
                     state: Some(state),
                     lower: lower.as_ref(),
-                    ..evidence
+                    ..run
                 }
             }
             Script::Pipe { from } => {
+                if self.is_piped_by_unpacked(observation, &run) {
+                    return;
+                }
                 detail = match from {
                     Some(from) => format!("{BY_PIPE} from {from}"),
                     None => BY_PIPE.to_owned(),
                 };
-                Evidence { detail: Some(&detail), ..evidence }
+                Evidence { detail: Some(&detail), ..run }
             }
         };
         self.emit(observation, assessment, &evidence, now, effects);
+    }
+
+    /// Whether the text comes from a script that was unpacked here, and whose finding reports
+    /// what the script runs. What a person types does not.
+    fn is_piped_by_unpacked(&self, observation: &Observation, run: &Evidence<'_>) -> bool {
+        let container = &observation.container;
+        let Some(entry) = self.inventory.get(container) else { return false };
+        run.process.is_some_and(|process| {
+            process.tty.is_none()
+                && !self.sessions.is_interactive(container, observation.session, process)
+                && entry.writers.unpacking_above(process).is_some()
+        })
     }
 
     /// Whether a finding reports that this content was executed as a script. That finding

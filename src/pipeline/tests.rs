@@ -53,6 +53,7 @@ const IMAGE: &str = "
 /usr/bin/curl 755 elf curl
 /usr/bin/dpkg 755 elf dpkg
 /usr/bin/ld 755 elf ld
+/usr/bin/tar 755 elf tar
 /usr/sbin/useradd 755 elf useradd
 /etc/app.conf 644 data conf
 ";

@@ -411,7 +411,7 @@ impl Condition {
 
 /// The process that wrote the file of a finding. In a finding about writing, that is the acting
 /// process.
-fn writer(finding: &Finding) -> Option<&Process> {
+pub(super) fn writer(finding: &Finding) -> Option<&Process> {
     let is_written = !finding.kind.is_exec() && finding.kind != Kind::LibraryLoaded;
     finding.writer.as_ref().or_else(|| finding.process.as_ref().filter(|_| is_written))
 }

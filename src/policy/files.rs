@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use super::rule::{Place, Rule};
 use super::set::{MAX_RULES, RuleSet};
+use super::signature;
 use super::text::FileText;
+use crate::config::PolicyFiles;
 use crate::model::printable;
 
 /// The largest policy file, and the largest set.
@@ -29,14 +31,34 @@ pub struct Loaded {
     /// The hash of all files, their names included.
     pub digest: Option<String>,
     pub files: Arc<[PolicyFile]>,
+    /// What the files say that they are for.
+    pub about: Vec<String>,
+    /// Whether the directory of the policy files is there.
+    pub has_directory: bool,
+    /// What the signature of the policy files says; `None` if none is needed.
+    pub signed: Option<String>,
+}
+
+impl Loaded {
+    /// The profiles that are switched on.
+    pub fn profiles(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().filter_map(|file| file.profile.as_deref())
+    }
+
+    /// Whether the directory has policy files.
+    pub fn has_files(&self) -> bool {
+        self.files.iter().any(|file| file.profile.is_none())
+    }
 }
 
 /// One policy file as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyFile {
-    /// Without the directory.
+    /// Without the directory. The whole path, if it is a profile.
     pub name: String,
     pub text: String,
+    /// The name of the profile.
+    pub profile: Option<String>,
 }
 
 /// What is wrong with a policy file.
@@ -71,7 +93,7 @@ fn lines(faults: &[Fault]) -> String {
     lines.join("\n")
 }
 
-/// Who may have written the files.
+/// Which users may have written the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owners {
     /// For a check by hand.
@@ -80,47 +102,134 @@ pub enum Owners {
     Own,
 }
 
-/// Reads all `*.toml` of a directory, in the order of their names. `None` if the directory is
-/// not there.
-pub fn read(directory: &Path, owners: Owners) -> Result<Option<Loaded>, Refused> {
-    let failed = |file: &Path, err: &io::Error| {
-        Refused(vec![Fault {
-            file: file.into(),
-            at: None,
-            message: format!("cannot be read: {err}"),
-        }])
-    };
-    let entries = match std::fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(err) => return Err(failed(directory, &err)),
-    };
+/// Reads all `*.toml` of the directory, in the order of their names, and then the profiles
+/// that are switched on.
+pub fn read(from: &PolicyFiles, owners: Owners) -> Result<Loaded, Refused> {
+    let mut reading = Reading { owners, bytes: 0, faults: Vec::new() };
+    let own = reading.directory(&from.dir);
+    let (has_directory, mut files) = (own.is_some(), own.unwrap_or_default());
+    let mut signed = None;
+    if !from.public_key.is_empty() && has_directory {
+        match signature::verify(&from.public_key, &from.dir, &files, |path| reading.text(path)) {
+            Ok(comment) => signed = Some(comment),
+            Err(fault) => reading.faults.push(fault),
+        }
+    }
+    for profile in &from.profiles {
+        files.extend(reading.profile(&from.profile_dir, profile));
+    }
+    if !reading.faults.is_empty() {
+        return Err(Refused(reading.faults));
+    }
+    Ok(Loaded { has_directory, signed, ..parse(&from.dir, files)? })
+}
+
+/// The files of these profiles.
+pub fn read_profiles(directory: &Path, profiles: &[String]) -> Result<Vec<PolicyFile>, Refused> {
+    let mut reading = Reading { owners: Owners::Any, bytes: 0, faults: Vec::new() };
+    let files = profiles.iter().filter_map(|profile| reading.profile(directory, profile)).collect();
+    if reading.faults.is_empty() { Ok(files) } else { Err(Refused(reading.faults)) }
+}
+
+/// The names of the profiles of a directory, in their order.
+pub fn profile_names(directory: &Path) -> io::Result<Vec<String>> {
+    let mut names: Vec<String> = paths_of(directory)?
+        .iter()
+        .filter_map(|path| path.file_stem()?.to_str().map(str::to_owned))
+        .filter(|name| is_profile_name(name))
+        .collect();
+    names.dedup();
+    Ok(names)
+}
+
+fn is_profile_name(name: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    !name.is_empty() && name.bytes().all(is_plain)
+}
+
+/// The files of a directory that can be policy files, in the order of their names.
+fn paths_of(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut paths: Vec<PathBuf> = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(|err| failed(directory, &err))?.path();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
         if name.ends_with(b".toml") && !name.starts_with(b".") {
             paths.push(path);
         }
     }
-    if paths.len() > MAX_FILES {
-        let message = format!("has {} policy files, and at most {MAX_FILES} may be", paths.len());
-        return Err(Refused(vec![Fault { file: directory.into(), at: None, message }]));
-    }
     paths.sort();
-    let (mut files, mut faults, mut bytes) = (Vec::new(), Vec::new(), 0);
-    for path in paths {
-        let text = open(&path, owners).and_then(|file| read_whole(file, MAX_FILE - bytes));
-        match text {
-            Ok(text) => {
-                bytes += text.len() as u64;
-                let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-                files.push(PolicyFile { name: printable(name), text });
+    Ok(paths)
+}
+
+/// Files that are being read, all within one limit.
+struct Reading {
+    owners: Owners,
+    bytes: u64,
+    faults: Vec<Fault>,
+}
+
+impl Reading {
+    /// The policy files of a directory; `None` if it is not there.
+    fn directory(&mut self, directory: &Path) -> Option<Vec<PolicyFile>> {
+        let paths = match paths_of(directory) {
+            Ok(paths) => paths,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return None,
+            Err(err) => {
+                self.faults.push(unreadable(directory, &err));
+                return Some(Vec::new());
             }
-            Err(err) => faults.extend(failed(&path, &err).0),
+        };
+        if paths.len() > MAX_FILES {
+            let message =
+                format!("has {} policy files, and at most {MAX_FILES} may be", paths.len());
+            self.faults.push(Fault { file: directory.into(), at: None, message });
+            return Some(Vec::new());
+        }
+        let mut files = Vec::new();
+        for path in paths {
+            match self.text(&path) {
+                Ok(text) => {
+                    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+                    files.push(PolicyFile { name: printable(name), text, profile: None });
+                }
+                Err(fault) => self.faults.push(fault),
+            }
+        }
+        Some(files)
+    }
+
+    fn profile(&mut self, directory: &Path, profile: &str) -> Option<PolicyFile> {
+        let path = directory.join(format!("{profile}.toml"));
+        if !is_profile_name(profile) || !path.is_file() {
+            let message = match profile_names(directory) {
+                Ok(names) => format!("there is no profile `{profile}`: {}", names.join(", ")),
+                Err(err) => format!("there is no profile `{profile}`: {err}"),
+            };
+            self.faults.push(Fault { file: directory.into(), at: None, message });
+            return None;
+        }
+        match self.text(&path) {
+            Ok(text) => {
+                let name = printable(path.as_os_str().as_encoded_bytes());
+                Some(PolicyFile { name, text, profile: Some(profile.to_owned()) })
+            }
+            Err(fault) => {
+                self.faults.push(fault);
+                None
+            }
         }
     }
-    if faults.is_empty() { parse(directory, files).map(Some) } else { Err(Refused(faults)) }
+
+    fn text(&mut self, path: &Path) -> Result<String, Fault> {
+        let text = open(path, self.owners).and_then(|file| read_whole(file, MAX_FILE - self.bytes));
+        let text = text.map_err(|err| unreadable(path, &err))?;
+        self.bytes += text.len() as u64;
+        Ok(text)
+    }
+}
+
+fn unreadable(file: &Path, err: &io::Error) -> Fault {
+    Fault { file: file.into(), at: None, message: format!("cannot be read: {err}") }
 }
 
 /// Opens a policy file. Never waits: what is no regular file may have that name.
@@ -153,10 +262,11 @@ fn read_whole(file: File, most: u64) -> io::Result<String> {
 pub fn parse(directory: &Path, files: Vec<PolicyFile>) -> Result<Loaded, Refused> {
     let (mut rules, mut faults) = (Vec::new(), Vec::new());
     let mut version: Option<String> = None;
+    let mut all_about = Vec::new();
     let mut hash = blake3::Hasher::new();
     // Where each rule stands.
     let mut places: Vec<(PathBuf, (usize, usize))> = Vec::new();
-    for PolicyFile { name, text } in &files {
+    for PolicyFile { name, text, profile } in &files {
         for part in [name, text] {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
         }
@@ -172,19 +282,29 @@ pub fn parse(directory: &Path, files: Vec<PolicyFile>) -> Result<Loaded, Refused
                 continue;
             }
         };
-        match (&version, parsed.version) {
+        match (&version, &parsed.version) {
             (_, None) => (),
-            (None, named) => version = named,
+            (None, named) => version.clone_from(named),
             (Some(_), Some(_)) => {
                 faults.push(fault(Some((1, 1)), "another file has a `version` already".to_owned()));
             }
+        }
+        if parsed.version.is_some() && profile.is_some() {
+            faults.push(fault(Some((1, 1)), "a profile has no `version`".to_owned()));
+        }
+        match parsed.about {
+            Some(about) => all_about.push(printable(about.as_bytes())),
+            None if profile.is_some() => {
+                faults.push(fault(Some((1, 1)), "`about` is missing: what is it for?".to_owned()));
+            }
+            None => (),
         }
         for rule in parsed.rule {
             let at = lines.position(rule.span().start);
             let place = Place { file: Arc::clone(&shown), line: at.0 };
             let text = rule.into_inner();
             let id = printable(text.id.as_bytes());
-            match Rule::new(text, place) {
+            match Rule::new(text, place, profile.as_deref()) {
                 Ok(rule) => {
                     rules.push(rule);
                     places.push((file.clone(), at));
@@ -206,7 +326,15 @@ pub fn parse(directory: &Path, files: Vec<PolicyFile>) -> Result<Loaded, Refused
         Ok(rules) if faults.is_empty() => {
             let digest =
                 (!files.is_empty()).then(|| format!("blake3:{}", hash.finalize().to_hex()));
-            Ok(Loaded { rules, version, digest, files: files.into() })
+            Ok(Loaded {
+                rules,
+                version,
+                digest,
+                files: files.into(),
+                about: all_about,
+                has_directory: true,
+                signed: None,
+            })
         }
         Ok(_) => Err(Refused(faults)),
         Err(fault) => {

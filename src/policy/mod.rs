@@ -1,7 +1,7 @@
 //! Decides what happens to a finding: it is reported, accepted as expected, or answered.
 //!
 //! ```text
-//! files ─> text ─> rule, condition ─> set ─> Policy ── decide(finding) ─> Decision
+//! files, signature ─> text ─> rule, condition ─> set ─> Policy ── decide(finding) ─> Decision
 //! ```
 //!
 //! Deciding is pure: the rules, a finding and a time in, a decision out. The pipeline requests no
@@ -12,6 +12,8 @@ mod files;
 mod images;
 mod rule;
 mod set;
+mod signature;
+pub mod suggest;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -21,7 +23,7 @@ use std::sync::Arc;
 use jiff::{SignedDuration, Timestamp};
 
 pub use self::condition::Subject;
-pub use self::files::{Fault, Loaded, MAX_FILE, Owners, PolicyFile, Refused, parse, read};
+pub use self::files::{Fault, Loaded, MAX_FILE, Owners, PolicyFile, Refused, parse, profile_names, read, read_profiles};
 pub use self::rule::{Answer, Effect, Place, Rule};
 pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
 use crate::config::{Config, Enforce};
@@ -46,6 +48,8 @@ pub struct Policy {
     pub version: Option<String>,
     pub digest: Option<String>,
     pub files: Arc<[PolicyFile]>,
+    /// What the signature of the files says, if one is needed.
+    pub signed: Option<String>,
     /// Why the policy files as they are now were refused.
     pub refused: Option<String>,
     /// The paths at which a new or changed file is `file.persistence`.
@@ -77,6 +81,7 @@ impl Policy {
             version: loaded.and_then(|loaded| loaded.version.clone()),
             digest: loaded.and_then(|loaded| loaded.digest.clone()),
             files: loaded.map(|loaded| Arc::clone(&loaded.files)).unwrap_or_default(),
+            signed: loaded.and_then(|loaded| loaded.signed.clone()),
             refused: None,
             persistence: config.watch.persistence.clone(),
             probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),

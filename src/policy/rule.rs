@@ -7,7 +7,7 @@ use jiff::civil::Date;
 use jiff::tz::TimeZone;
 
 use super::condition::{Condition, conditions};
-use super::text::{AnswerText, EffectText, RuleText};
+use super::text::{AnswerText, EffectText, RuleText, SessionText};
 use crate::model::{Kind, Severity};
 
 /// The longest ID of a rule, and the longest reason.
@@ -60,8 +60,15 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Checks a rule. The error says which key is wrong, and why.
-    pub(super) fn new(text: RuleText, place: Place) -> Result<Rule, String> {
+    /// Checks a rule, perhaps one of a profile. The error says which key is wrong, and why.
+    pub(super) fn new(
+        text: RuleText,
+        place: Place,
+        profile: Option<&str>,
+    ) -> Result<Rule, String> {
+        if let Some(profile) = profile {
+            check_of_profile(&text, profile)?;
+        }
         let RuleText {
             id,
             reason,
@@ -71,11 +78,13 @@ impl Rule {
             severity,
             answer,
             pinned,
+            reproduce,
             conditions: of,
         } = text;
         check_id(&id)?;
         check_text("reason", &reason)?;
         owner.as_deref().map_or(Ok(()), |owner| check_text("owner", owner))?;
+        reproduce.as_deref().map_or(Ok(()), |text| check_text("reproduce", text))?;
         let effect = match (effect, severity) {
             (EffectText::Accept, None) => Effect::Accept,
             (EffectText::Report, None) => Effect::Report,
@@ -142,6 +151,24 @@ impl Rule {
     pub fn is_exception(&self) -> bool {
         self.effect == Effect::Accept
     }
+}
+
+/// What holds for the rules of a profile beside what holds for all.
+fn check_of_profile(text: &RuleText, profile: &str) -> Result<(), String> {
+    let prefix = format!("{profile}.");
+    if !text.id.starts_with(&prefix) {
+        return Err(format!("the `id` of a rule of this profile begins with `{prefix}`"));
+    }
+    if text.effect != EffectText::Accept {
+        return Err("a profile has exceptions only".to_owned());
+    }
+    if text.reproduce.is_none() {
+        return Err("`reproduce` is missing: how does one see what it accepts?".to_owned());
+    }
+    if text.conditions.session.is_some_and(|session| session != SessionText::None) {
+        return Err("a profile does not accept what happened in sessions".to_owned());
+    }
+    Ok(())
 }
 
 fn check_id(id: &str) -> Result<(), String> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::Respond;
+use crate::config::{PolicyFiles, Respond};
 use crate::model::{Finding, Interactive, RootfsPath, Session, SessionId};
 
 fn finding() -> Finding {
@@ -25,7 +25,7 @@ fn now() -> Timestamp {
 }
 
 fn file(name: &str, text: &str) -> PolicyFile {
-    PolicyFile { name: name.to_owned(), text: text.to_owned() }
+    PolicyFile { name: name.to_owned(), text: text.to_owned(), profile: None }
 }
 
 fn loaded(text: &str) -> Loaded {
@@ -428,12 +428,15 @@ fn files_that_cannot_be_trusted_or_read_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     let text = rule("x", ACCEPT, "kind = [\"exec.*\"]");
-    assert!(read(&path("none"), Owners::Own).unwrap().is_none());
-    assert!(read(directory.path(), Owners::Own).unwrap().unwrap().rules.is_empty());
+    let read = |directory: &Path, owners| read(&PolicyFiles::of(directory), owners);
+    let none = read(&path("none"), Owners::Own).unwrap();
+    assert!(!none.has_directory && none.rules.is_empty());
+    let empty = read(directory.path(), Owners::Own).unwrap();
+    assert!(empty.has_directory && empty.rules.is_empty());
     std::fs::write(path("a.toml"), &text).unwrap();
     std::fs::write(path("b.txt"), "no policy").unwrap();
     std::fs::write(path(".c.toml"), "no policy").unwrap();
-    assert_eq!(read(directory.path(), Owners::Own).unwrap().unwrap().rules.rules().len(), 1);
+    assert_eq!(read(directory.path(), Owners::Own).unwrap().rules.rules().len(), 1);
 
     let set_mode = |mode| {
         std::fs::set_permissions(path("a.toml"), std::fs::Permissions::from_mode(mode)).unwrap();
@@ -441,7 +444,7 @@ fn files_that_cannot_be_trusted_or_read_are_refused() {
     set_mode(0o666);
     let refused = read(directory.path(), Owners::Own).unwrap_err().to_string();
     assert!(refused.contains("others than root may write to it"), "{refused}");
-    assert!(read(directory.path(), Owners::Any).unwrap().is_some());
+    assert!(read(directory.path(), Owners::Any).is_ok());
     set_mode(0o644);
 
     // A FIFO would hold up the process that opens it.
@@ -457,6 +460,243 @@ fn files_that_cannot_be_trusted_or_read_are_refused() {
     std::fs::write(path("e.toml"), b"\xff").unwrap();
     let refused = read(directory.path(), Owners::Any).unwrap_err().to_string();
     assert!(refused.contains("e.toml: cannot be read"), "{refused}");
+}
+
+/// A profile with one rule.
+fn profile(id: &str, more: &str, match_: &str) -> String {
+    format!(
+        "about = \"tests\"\n[[rule]]\nid = \"{id}\"\nreason = \"r\"\nexpires = \"never\"\n{more}\n\
+         [rule.match]\n{match_}\n"
+    )
+}
+
+#[test]
+fn profiles_come_after_the_files_and_are_exceptions_outside_of_sessions_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let baselines = directory.path().join("baselines");
+    std::fs::create_dir(&baselines).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(baselines.join(name), text).unwrap();
+    let exception = "effect = \"accept\"\nreproduce = \"run it\"";
+    write("npm.toml", &profile("npm.modules", exception, "kind = [\"library.loaded\"]"));
+    write("apt.toml", &profile("apt.files", exception, "kind = [\"file.added\"]"));
+    std::fs::write(directory.path().join("a.toml"), rule("own", ACCEPT, "kind = [\"exec.new\"]"))
+        .unwrap();
+    let from = |profiles: &[&str]| PolicyFiles {
+        profiles: profiles.iter().map(|name| (*name).to_owned()).collect(),
+        profile_dir: baselines.clone(),
+        ..PolicyFiles::of(directory.path())
+    };
+    assert_eq!(profile_names(&baselines).unwrap(), ["apt", "npm"]);
+    let loaded = read(&from(&["npm"]), Owners::Own).unwrap();
+    let ids: Vec<&str> = loaded.rules.rules().iter().map(|rule| &*rule.id).collect();
+    assert_eq!(ids, ["own", "npm.modules"]);
+    assert_eq!(loaded.profiles().collect::<Vec<_>>(), ["npm"]);
+    let digest = |profiles: &[&str]| read(&from(profiles), Owners::Own).unwrap().digest;
+    assert_ne!(digest(&["npm"]), digest(&[]));
+
+    let refused = |profile: &str| read(&from(&[profile]), Owners::Own).unwrap_err().to_string();
+    assert!(refused("yarn").contains("there is no profile `yarn`: apt, npm"));
+    assert!(refused("../a").contains("there is no profile `../a`"));
+    for (more, match_, expected) in [
+        ("effect = \"report\"\nreproduce = \"x\"", "user = [0]", "a profile has exceptions only"),
+        ("effect = \"accept\"", "user = [0]", "`reproduce` is missing"),
+        (exception, "user = [0]\nsession = \"any\"", "does not accept what happened in sessions"),
+    ] {
+        write("bad.toml", &profile("bad.x", more, match_));
+        assert!(refused("bad").contains(expected), "{}", refused("bad"));
+    }
+    write("bad.toml", &profile("other.x", exception, "user = [0]"));
+    assert!(refused("bad").contains("begins with `bad.`"));
+    write("bad.toml", &profile("bad.x", exception, "user = [0]").replace("about", "version"));
+    assert!(refused("bad").contains("a profile has no `version`"));
+}
+
+#[test]
+fn with_a_key_only_a_signed_set_is_taken_and_no_file_may_be_left_out_or_added() {
+    let directory = tempfile::tempdir().unwrap();
+    let keys = minisign::KeyPair::generate_unencrypted_keypair().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
+    let sign = |names: &[&str]| {
+        let mut list = String::new();
+        for name in names {
+            let text = std::fs::read(directory.path().join(name)).unwrap();
+            let hash: String = <sha2::Sha256 as sha2::Digest>::digest(&text)
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            list += &format!("{hash}  {name}\n");
+        }
+        let comment = Some("set 7");
+        let signature =
+            minisign::sign(None, &keys.sk, list.as_bytes(), comment, None).unwrap().into_string();
+        write("SHA256SUMS", &list);
+        write("SHA256SUMS.minisig", &signature);
+    };
+    let from = |key: &str| PolicyFiles {
+        public_key: key.to_owned(),
+        ..PolicyFiles::of(directory.path())
+    };
+    let key = keys.pk.to_base64();
+    let refused = || read(&from(&key), Owners::Own).unwrap_err().to_string();
+    write("a.toml", &rule("a", ACCEPT, "kind = [\"exec.new\"]"));
+    write("b.toml", &rule("b", ACCEPT, "kind = [\"exec.new\"]"));
+    assert!(refused().contains("SHA256SUMS: cannot be read"), "{}", refused());
+    sign(&["a.toml", "b.toml"]);
+    let loaded = read(&from(&key), Owners::Own).unwrap();
+    assert_eq!((loaded.rules.rules().len(), loaded.signed.as_deref()), (2, Some("set 7")));
+    // Without a key, no signature is needed.
+    assert_eq!(read(&from(""), Owners::Own).unwrap().signed, None);
+
+    write("c.toml", &rule("c", ACCEPT, "kind = [\"exec.new\"]"));
+    assert!(refused().contains("c.toml: is not signed"), "{}", refused());
+    sign(&["a.toml", "b.toml", "c.toml"]);
+    std::fs::remove_file(directory.path().join("c.toml")).unwrap();
+    assert!(refused().contains("names a file that is not there: c.toml"), "{}", refused());
+    sign(&["a.toml", "b.toml"]);
+    write("b.toml", &rule("b", REPORT, "kind = [\"exec.new\"]"));
+    assert!(refused().contains("b.toml: is not the file that SHA256SUMS names"), "{}", refused());
+    let list = std::fs::read_to_string(directory.path().join("SHA256SUMS")).unwrap();
+    write("SHA256SUMS", &list.replace("b.toml", "d.toml"));
+    assert!(refused().contains("does not belong to SHA256SUMS"), "{}", refused());
+    sign(&["a.toml", "b.toml"]);
+    let other = minisign::KeyPair::generate_unencrypted_keypair().unwrap().pk.to_base64();
+    let refused = |key: &str| read(&from(key), Owners::Own).unwrap_err().to_string();
+    assert!(refused(&other).contains("does not belong to SHA256SUMS and policy.public_key"));
+    assert!(refused("abc").contains("policy.public_key is no public key of minisign"));
+}
+
+mod suggestions {
+    use super::super::suggest::{By, Selected, Suggestion, suggest};
+    use super::*;
+    use crate::model::{Ancestor, Member, Process, ProcessIdentity, RootfsPath, finding};
+
+    fn sample() -> Finding {
+        let mut sample: Finding =
+            serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap();
+        (sample.session, sample.writer) = (None, None);
+        sample
+    }
+
+    fn process(pid: u32, exe: &str, above: Option<(u32, &str)>) -> Process {
+        let identity = |pid| ProcessIdentity { pid, start_time: 1 };
+        let ancestors = above.into_iter().map(|(pid, exe)| Ancestor {
+            identity: identity(pid),
+            exe: Some(exe.to_owned()),
+            argv: None,
+        });
+        Process {
+            identity: identity(pid),
+            exe: Some(exe.to_owned()),
+            argv: None,
+            uid: Some(0),
+            tty: None,
+            root: None,
+            ancestors: ancestors.collect(),
+        }
+    }
+
+    fn member(finding: &Finding, path: &str, content: u8) -> Member {
+        Member {
+            schema: finding::MEMBER_SCHEMA.to_owned(),
+            path: RootfsPath::new(path).unwrap(),
+            kind: finding.kind,
+            blake3: Some(crate::model::Blake3Hash([content; 32])),
+            first_seen: finding.first_seen,
+            last_seen: finding.last_seen,
+            removed: false,
+        }
+    }
+
+    fn suggested(selected: &[Selected]) -> (Suggestion, Policy) {
+        let suggestion = suggest(selected, "2026-11-30T12:00:00Z".parse().unwrap());
+        let mut text = String::new();
+        for proposed in &suggestion.rules {
+            let mut proposed = proposed.clone();
+            "tried".clone_into(&mut proposed.rule.reason);
+            text += &proposed.to_toml().unwrap();
+        }
+        let loaded = parse(Path::new("/p"), vec![file("s.toml", &text)]).unwrap();
+        (suggestion, Policy::rehearsed(&loaded))
+    }
+
+    fn accepts(policy: &Policy, finding: &Finding) -> bool {
+        let severity = finding.severity;
+        let subject = Subject { finding, severity, session: None, may_be_of_session: false };
+        policy.decide(&subject, Timestamp::now()).verdict.is_accept()
+    }
+
+    #[test]
+    fn a_content_is_accepted_in_its_image_and_no_other_content_is() {
+        let one = sample();
+        let (suggestion, policy) =
+            suggested(&[Selected { finding: one.clone(), members: Vec::new() }]);
+        assert_eq!(suggestion.rules.len(), 1);
+        assert_eq!(suggestion.rules[0].by, By::Content);
+        assert!(suggestion.rules[0].to_toml().unwrap().contains("expires = 2027-02-28"));
+        assert!(accepts(&policy, &one));
+        let mut other = one.clone();
+        other.file.as_mut().unwrap().blake3 = Some(crate::model::Blake3Hash([9; 32]));
+        assert!(!accepts(&policy, &other));
+        let mut elsewhere = one;
+        elsewhere.image.manifest_digest = None;
+        assert!(!accepts(&policy, &elsewhere));
+    }
+
+    #[test]
+    fn many_contents_are_accepted_by_the_images_program_and_by_their_generated_names() {
+        let mut steps = sample();
+        (steps.kind, steps.files) = (Kind::ExecInterpreted, Some(30));
+        let runner = process(70, "/bin/sh", Some((60, "/bin/runner")));
+        steps.process = Some(runner);
+        steps.from_image = Some(vec![ProcessIdentity { pid: 60, start_time: 1 }]);
+        let path = |number: u8| format!("/home/runner/_temp/{number}.sh");
+        let members: Vec<Member> =
+            (0..30).map(|number| member(&steps, &path(number), number)).collect();
+        steps.file.as_mut().unwrap().path = members[0].path.clone();
+        let (suggestion, policy) = suggested(&[Selected { finding: steps.clone(), members }]);
+        assert_eq!(suggestion.rules.len(), 1, "{suggestion:#?}");
+        assert_eq!(suggestion.rules[0].by, By::Program);
+        let text = suggestion.rules[0].to_toml().unwrap();
+        assert!(text.contains("/home/runner/_temp/*.sh"), "{text}");
+        let at = |path: &str, kind| {
+            let mut other = steps.clone();
+            other.kind = kind;
+            let file = other.file.as_mut().unwrap();
+            (file.path, file.blake3) = (RootfsPath::new(path).unwrap(), None);
+            other
+        };
+        assert!(accepts(&policy, &at("/home/runner/_temp/99.sh", Kind::ExecInterpreted)));
+        assert!(!accepts(&policy, &at("/home/runner/_temp/99.sh", Kind::ExecNew)));
+        assert!(!accepts(&policy, &at("/home/runner/_temp/99", Kind::ExecInterpreted)));
+        assert!(!accepts(&policy, &at("/tmp/99.sh", Kind::ExecInterpreted)));
+        let mut by_other = at("/home/runner/_temp/99.sh", Kind::ExecInterpreted);
+        by_other.from_image = Some(Vec::new());
+        assert!(!accepts(&policy, &by_other), "a runner that is not the image's");
+    }
+
+    #[test]
+    fn what_happened_in_a_session_is_never_proposed() {
+        let mut by_hand = sample();
+        by_hand.session = Some("00112233445566778899aabbccddeeff".parse().unwrap());
+        let (suggestion, _) = suggested(&[Selected { finding: by_hand, members: Vec::new() }]);
+        assert!(suggestion.rules.is_empty());
+        assert_eq!(suggestion.left[0].1, "it happened in a session");
+    }
+
+    #[test]
+    fn hostile_names_are_text_and_no_patterns() {
+        let mut hostile = sample();
+        hostile.image.manifest_digest = None;
+        hostile.from_image = None;
+        let name = "/tmp/x[a]*\"\n{b,c}";
+        hostile.file.as_mut().unwrap().path = RootfsPath::new(name).unwrap();
+        let (suggestion, policy) =
+            suggested(&[Selected { finding: hostile.clone(), members: Vec::new() }]);
+        assert_eq!(suggestion.rules[0].by, By::Path);
+        assert!(accepts(&policy, &hostile));
+        hostile.file.as_mut().unwrap().path = RootfsPath::new("/tmp/xaother").unwrap();
+        assert!(!accepts(&policy, &hostile));
+    }
 }
 
 #[test]

@@ -16,6 +16,8 @@ use toml::Spanned;
 pub(super) struct FileText {
     /// A name for this state of the rules. `driftd status` and findings show it.
     pub(super) version: Option<String>,
+    /// What the file is for. A profile needs it.
+    pub(super) about: Option<String>,
     #[serde(default)]
     #[schemars(with = "Vec<RuleText>")]
     pub(super) rule: Vec<Spanned<RuleText>>,
@@ -42,6 +44,8 @@ pub(super) struct RuleText {
     /// What is done about it, in this order. Not with `effect = "accept"`.
     #[serde(default)]
     pub(super) answer: Vec<AnswerText>,
+    /// How to see what the rule is for. A rule of a profile needs it.
+    pub(super) reproduce: Option<String>,
     /// The rule stands above exceptions: what it matches is never accepted.
     #[serde(default)]
     pub(super) pinned: bool,

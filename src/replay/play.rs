@@ -634,7 +634,7 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
         FileAction::Interpreted => {
             runner.exe = by.map(Into::into);
             let script = ScriptFact::File { path, filesystem, state, lower: None };
-            Fact::File(FileFact::Interpreted { script, process: Arc::new(runner) })
+            Fact::File(FileFact::Interpreted { script, process: Arc::new(runner), writer: None })
         }
         FileAction::Written => {
             let writer = by.map(|exe| Arc::new(process(WRITER, exe, None, init)));

@@ -187,7 +187,7 @@ impl Script {
             }
         }
         if !rules.is_empty() {
-            let file = PolicyFile { name: "policy".to_owned(), text: rules };
+            let file = PolicyFile { name: "policy".to_owned(), text: rules, profile: None };
             let loaded = policy::parse(Path::new(""), vec![file]);
             let wrong = |refused: policy::Refused| {
                 let fault = refused.0.into_iter().next();

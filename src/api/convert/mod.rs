@@ -28,7 +28,9 @@ pub use finding::{
 };
 pub(super) use gap::gap;
 pub use gap::gap_to_proto;
-pub use policy::{policy_file_to_proto, policy_status_to_proto, rule_to_proto};
+pub use policy::{
+    policy_file_from_proto, policy_file_to_proto, policy_status_to_proto, rule_to_proto,
+};
 pub use response::{
     action_from_proto, action_to_proto, outcome_from_proto, outcome_to_proto, response_from_proto,
     response_to_proto,

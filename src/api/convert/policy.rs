@@ -27,6 +27,8 @@ pub fn policy_status_to_proto(policy: &Policy, now: Timestamp) -> proto::PolicyS
         rules: count(policy.rules.rules().len()),
         refused: policy.refused.clone(),
         ends: ends.collect(),
+        profiles: policy.files.iter().filter_map(|file| file.profile.clone()).collect(),
+        signed: policy.signed.clone(),
     }
 }
 
@@ -55,5 +57,11 @@ pub fn rule_to_proto(rule: &Rule, hits: Option<&RuleHits>, now: Timestamp) -> pr
 }
 
 pub fn policy_file_to_proto(file: &PolicyFile) -> proto::PolicyFile {
-    proto::PolicyFile { name: file.name.clone(), text: file.text.clone() }
+    let PolicyFile { name, text, profile } = file.clone();
+    proto::PolicyFile { name, text, profile }
+}
+
+pub fn policy_file_from_proto(file: proto::PolicyFile) -> PolicyFile {
+    let proto::PolicyFile { name, text, profile } = file;
+    PolicyFile { name, text, profile }
 }

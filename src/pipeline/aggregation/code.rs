@@ -3,13 +3,13 @@
 //! in `files`.
 
 use super::group::{Candidate, Common, Group, is_run};
-use super::names;
 use super::packages::transaction_id;
 use crate::baseline::ImageBaseline;
 use crate::detect;
-use crate::inventory::{Aspect, Entry, Reported};
+use crate::inventory::{Aspect, Entry, Reported, Unpacking};
 use crate::model::{
-    Blake3Hash, ContainerId, FindingId, Kind, Process, RootfsPath, Severity, is_linker,
+    Blake3Hash, ContainerId, FindingId, Kind, Process, RootfsPath, Severity, generated,
+    is_linker, programs,
 };
 
 /// Code that was run or loaded.
@@ -39,10 +39,18 @@ pub(super) fn used_group(
     if let Some(linker) = built_by(entry, image, used) {
         return Some(group(None, None, Common::Built { linker }));
     }
+    if let Some(unpacking) = unpacked_by(entry, image, used) {
+        let common = Common::Unpacked(unpacking);
+        let executed =
+            Group { kind: Kind::ExecScript, ..group(None, None, common.clone()) };
+        // A script that an interpreter was given by name is worth no line of its own.
+        let is_known = entry.findings.contains(&executed.id(container));
+        return Some(if is_known { executed } else { group(None, None, common) });
+    }
     let pattern = match kind {
         // A program makes or unpacks it for itself: any name may be generated.
         Kind::LibraryLoaded if severity == Severity::Info => any_name_beside(path),
-        _ => names::pattern(path),
+        _ => generated::pattern(path),
     };
     let is_handed_over = matches!(kind, Kind::ExecInterpreted | Kind::LibraryLoaded);
     if severity >= Severity::High && !is_handed_over {
@@ -51,7 +59,9 @@ pub(super) fn used_group(
         return is_one_of_many.then(|| group(None, content, Common::Severity(severity)));
     }
     let by = match kind {
-        Kind::ExecInterpreted | Kind::LibraryLoaded => used.process.and_then(|one| one.exe.clone()),
+        // One program writes scripts for `sh` and for `bash`.
+        Kind::ExecInterpreted => used.process.and_then(|one| interpreter_of(one.exe.as_deref()?)),
+        Kind::LibraryLoaded => used.process.and_then(|one| one.exe.clone()),
         _ => used.process.and_then(|one| one.ancestors.first()?.exe.clone()),
     };
     if let Some(pattern) = pattern {
@@ -66,11 +76,18 @@ pub(super) fn used_group(
     }
 }
 
+/// The interpreter, or all shells for a shell.
+fn interpreter_of(exe: &str) -> Option<String> {
+    let name = exe.rsplit('/').next()?;
+    let is_shell = programs::is_shell(name.as_bytes());
+    Some(if is_shell { "shells".to_owned() } else { exe.to_owned() })
+}
+
 /// The pattern of all names in the directory of a file. The directory's name may be
 /// generated too.
 fn any_name_beside(path: &RootfsPath) -> Option<Vec<u8>> {
     let all = path.parent()?.join(b"*").ok()?;
-    Some(names::pattern(&all).unwrap_or_else(|| all.as_bytes().to_vec()))
+    Some(generated::pattern(&all).unwrap_or_else(|| all.as_bytes().to_vec()))
 }
 
 /// The transaction that has brought a file with the content that was run.
@@ -101,14 +118,56 @@ fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Str
     let writer = used.writer.filter(is_written);
     let writer = writer.or_else(|| entry.writers.linked(used.file.content?))?;
     let linker = writer.exe.as_deref()?;
-    let file = RootfsPath::new(linker).ok()?;
-    let is_images =
-        detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none();
-    // The last ancestor has started the container: every process has it in common. A linker
-    // that has ended is known from the kernel's records.
-    let inside = writer.ancestors.split_last().map_or(&[][..], |(_, inside)| inside);
-    let is_one_tree = inside.iter().any(|one| process.may_descend_from(one.identity));
-    (is_images && is_one_tree).then(|| linker.to_owned())
+    let is_built = is_images_own(entry, image, linker) && are_one_tree(writer, process);
+    is_built.then(|| linker.to_owned())
+}
+
+/// The process of the image that has unpacked a script, or from whose files comes the script
+/// that has written this one. Its tree of processes runs the script. What a person runs
+/// interactively does not count, and neither does anything worse than a script usually is.
+fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Unpacking> {
+    let Candidate { kind, severity, content, .. } = used.file;
+    if used.could_change || used.is_interactive || severity > kind.severity() {
+        return None;
+    }
+    let is_script = matches!(kind, Kind::ExecScript | Kind::ExecInterpreted);
+    let process = used.process.filter(|_| is_script)?;
+    content?;
+    let above = |process: &Process| {
+        entry.writers.unpacking_above(process).map(|(_, unpacking)| unpacking.clone())
+    };
+    let Some(writer) = used.writer else {
+        // Written just now, most likely by the script that hands it to the interpreter.
+        return above(process).filter(|_| kind == Kind::ExecInterpreted);
+    };
+    if !are_one_tree(writer, process) {
+        return None;
+    }
+    let exe = writer.exe.as_deref()?;
+    let called = programs::called_as(exe, writer.argv.as_deref());
+    if programs::is_archiver(called.as_bytes()) && is_images_own(entry, image, exe) {
+        let archiver = entry.writers.known_archiver(writer.identity);
+        return Some(Unpacking { archiver, exe: exe.to_owned() });
+    }
+    above(writer)
+}
+
+/// Whether the program at this path is the image's, and nothing was reported of it.
+fn is_images_own(entry: &Entry, image: &ImageBaseline, exe: &str) -> bool {
+    RootfsPath::new(exe).is_ok_and(|file| {
+        detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none()
+    })
+}
+
+/// Whether a process belongs to the tree of processes that has run the writer. The last
+/// ancestor of the process has started the container: every process has it in common. A writer
+/// that has ended is known from the kernel's records, which may lack its first ancestors.
+fn are_one_tree(writer: &Process, process: &Process) -> bool {
+    let outside = process.ancestors.last().map(|outside| outside.identity);
+    let mut above = writer.ancestors.iter().map(|ancestor| ancestor.identity);
+    above.any(|one| {
+        outside.is_none_or(|outside| !outside.may_be(one)) && process.may_descend_from(one)
+    })
 }
 
 /// Whether a finding reports that this content was run.

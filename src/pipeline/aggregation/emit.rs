@@ -5,26 +5,31 @@
 use std::sync::Arc;
 
 use super::code::{Used, is_reported_as_executed, used_group};
-use super::files::group;
+use super::files::{copies, group};
 use super::group::{Candidate, Common, Group, is_run};
 use super::packages::{
     accounts, files_of_package_manager, installed, is_maintainer_script, is_run_by_manager,
     is_site_hook, transaction_id,
 };
 use super::put::{MemberFile, Target};
+use jiff::SignedDuration;
+
 use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::detect::Judgement;
 use crate::inventory::{Aspect, BaselineState, Entry, Reported};
 use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
-    Blake3Hash, ContainerId, FileType, Filesystem, FindingId, Format, Kind, Process, RootfsPath,
-    Severity,
+    Blake3Hash, ContainerId, FileType, Filesystem, Finding, FindingId, Format, Kind, Process,
+    RootfsPath, Severity, Source,
 };
 use crate::pipeline::decide::was_accepted;
 use crate::pipeline::evidence::Emission;
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
+
+/// How long after its appearance a scan may find a file.
+const SETTLES: SignedDuration = SignedDuration::from_secs(10);
 
 impl State {
     /// Emits a judgement as part of an aggregated finding, if it belongs into one. False if
@@ -141,6 +146,7 @@ impl State {
         }
         let Some(entry) = self.inventory.get(container) else { return true };
         let candidate = candidate(judgement, path, content, None);
+        let transaction = transaction.or_else(|| during(entry, emission));
         let common = match (transaction, &entry.baseline.state) {
             (Some(transaction), _) => Some(installed(kind, transaction, judgement.severity)),
             (None, BaselineState::Ready(image)) if kind == Kind::FilePersistence => {
@@ -184,6 +190,7 @@ impl State {
             && !evidence.could_change()
         {
             let is_single = finding.files.is_none();
+            self.runs_unpacked(container, id, process);
             self.seen_again(id, emission, effects);
             if is_single {
                 self.publish_aggregate(container, id, effects);
@@ -197,20 +204,38 @@ impl State {
         {
             entry.writers.remember_linked(content, writer);
         }
-        // Code that a package or a build has brought is at most medium.
-        let severity = match &group.common {
-            // Unless a rule says how severe it is.
-            Some(Common::Brought(_) | Common::Built { .. })
-                if emission.verdict.unchanged_severity.is_none() =>
-            {
-                judgement.severity.min(Severity::Medium)
-            }
+        let most = match &group.common {
+            // A rule says how severe it is.
+            _ if emission.verdict.unchanged_severity.is_some() => judgement.severity,
+            // The finding about the transaction lists it.
+            Some(Common::Brought(_)) => Severity::Low,
+            Some(Common::Built { .. }) => Severity::Medium,
             _ => judgement.severity,
         };
+        let severity = judgement.severity.min(most);
         let judgement = Judgement { severity, ..judgement.clone() };
         let emission = Emission { judgement: &judgement, ..*emission };
+        if let Some(Common::Unpacked(unpacking)) = &group.common
+            && let Some(entry) = self.inventory.get_mut(container)
+        {
+            entry.writers.remember_unpacking(group.id(container), unpacking);
+            self.runs_unpacked(container, group.id(container), process);
+        }
         self.put_or_count(group, file, &emission, effects);
         true
+    }
+
+    /// Remembers a process that runs what was unpacked: what it writes belongs to that.
+    fn runs_unpacked(
+        &mut self,
+        container: &ContainerId,
+        finding: FindingId,
+        process: Option<&Process>,
+    ) {
+        let entry = self.inventory.get_mut(container);
+        if let (Some(entry), Some(process)) = (entry, process) {
+            entry.writers.runs_unpacked(finding, process.identity);
+        }
     }
 
     /// The group of code that was run.
@@ -245,8 +270,11 @@ impl State {
             }
             _ => None,
         };
-        let on_overlay = evidence.filesystem == Filesystem::Overlay;
-        used_group.or_else(|| group(entry, container, &candidate).filter(|_| on_overlay))
+        used_group.or_else(|| match evidence.filesystem {
+            Filesystem::Overlay => group(entry, container, &candidate),
+            Filesystem::Container => None,
+            _ => copies(&candidate),
+        })
     }
 
     /// A package manager has written files that were reported as executed before: adds its
@@ -288,6 +316,22 @@ impl State {
             entry.writers.remember_package_manager(process.clone());
         }
     }
+}
+
+/// The transaction during which a file appeared whose writer is not known: the names in a
+/// directory that is new in the container's layer are found by a scan.
+fn during(entry: &Entry, emission: &Emission<'_>) -> Option<FindingId> {
+    let Emission { observation, evidence, .. } = *emission;
+    if observation.source != Source::Scan || evidence.process.is_some() {
+        return None;
+    }
+    let is_during = |finding: &&Finding| {
+        let until = finding.last_seen.saturating_add(SETTLES).unwrap_or(finding.last_seen);
+        (finding.first_seen..=until).contains(&observation.at)
+    };
+    let is_transaction = |finding: &&Finding| finding.kind == Kind::PackageTransaction;
+    let mut transactions = entry.findings.iter().filter(is_transaction);
+    transactions.find(is_during).map(|finding| finding.id)
 }
 
 fn candidate<'a>(

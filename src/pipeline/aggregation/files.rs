@@ -41,6 +41,7 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
             let common = Some(Common::Severity(severity));
             Some(Group { common, ..group(path.parent().as_ref(), None) })
         }
+        Kind::ExecRelocated if root.is_none_or(|root| !path.is_within(root)) => copies(file),
         // A removed shell or guard is worse than usual, and has a finding of its own.
         _ if severity > kind.severity() => None,
         Kind::FileAdded | Kind::FileModified | Kind::FileRemoved => {
@@ -67,19 +68,27 @@ pub(super) fn group(entry: &Entry, container: &ContainerId, file: &Candidate<'_>
         }
         Kind::ExecNew | Kind::ExecScript | Kind::ExecRelocated => {
             // The file must lie in the root directory that its process has.
-            let Some(root) = root.filter(|root| path.is_within(root)) else {
-                // Plain copies. Disguised ones are worse, and have findings of their own.
-                let is_many = kind == Kind::ExecRelocated
-                    && severity == kind.severity()
-                    && entry.findings.single(kind, None) >= MAX_SINGLE_COPIES;
-                let common = Some(Common::Severity(severity));
-                return is_many.then(|| Group { common, ..group(None, None) });
-            };
+            let root = root.filter(|root| path.is_within(root))?;
             let is_many = entry.findings.single(kind, Some(root)) >= MAX_SINGLE_IN_ROOT;
             is_many.then(|| group(Some(root), None))
         }
         _ => None,
     }
+}
+
+/// The group of a copy that was executed. Plain copies are one finding, whatever filesystem they
+/// lie on. Disguised ones, which are worse, are one for each content and directory: the applets
+/// of a multi-call program.
+pub(super) fn copies(file: &Candidate<'_>) -> Option<Group> {
+    let Candidate { kind, severity, path, content, .. } = *file;
+    if kind != Kind::ExecRelocated {
+        return None;
+    }
+    let common = Some(Common::Severity(severity));
+    if severity == kind.severity() {
+        return Some(Group { kind, place: None, content: None, common });
+    }
+    Some(Group { kind, place: Some(path.parent()?), content: Some(content?), common })
 }
 
 #[cfg(test)]
@@ -96,7 +105,8 @@ mod tests {
     fn an_executed_file_has_a_finding_of_its_own() {
         let container = ContainerId::new("default", "c1");
         let path = RootfsPath::new("/tmp/x").unwrap();
-        for kind in Kind::ALL.iter().filter(|kind| kind.is_exec()) {
+        let has_own = |kind: &&Kind| kind.is_exec() && **kind != Kind::ExecRelocated;
+        for kind in Kind::ALL.iter().filter(has_own) {
             assert_eq!(group(&Entry::default(), &container, &file(*kind, &path, None)), None);
         }
     }

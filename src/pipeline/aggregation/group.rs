@@ -2,6 +2,7 @@
 //! from it, and how a finding describes it. Pure: which group a file belongs to is decided in
 //! `files`, `code` and `packages`.
 
+use crate::inventory::Unpacking;
 use crate::model::finding::Subject;
 use crate::model::{
     Blake3Hash, ContainerId, FindingId, Kind, ProcessIdentity, RootfsPath, Severity, printable,
@@ -34,6 +35,8 @@ pub(in crate::pipeline) enum Common {
     Installed { transaction: FindingId, severity: Severity },
     /// A linker of the image has made them.
     Built { linker: String },
+    /// One process of the image has unpacked them, or what it has unpacked has written them.
+    Unpacked(Unpacking),
     /// One process has loaded them.
     Loaded { process: ProcessIdentity, severity: Severity },
     /// Generated names of one pattern, and the program that runs them.
@@ -55,6 +58,9 @@ impl Common {
                 format!("installed {severity} {transaction}")
             }
             Common::Built { linker } => format!("built {linker}"),
+            Common::Unpacked(Unpacking { archiver, exe }) => {
+                format!("unpacked {} {exe}", of(archiver))
+            }
             Common::Loaded { process, severity } => format!("loaded {severity} {}", of(process)),
             Common::Pattern { pattern, by, severity } => {
                 let by = by.as_deref().unwrap_or_default();
@@ -75,11 +81,18 @@ impl Common {
                     .to_owned()
             }
             Common::Installed { .. } => {
-                "written in one transaction of a package manager".to_owned()
+                "written in one transaction of a package manager, or while it went on, by a \
+                 process that is not known"
+                    .to_owned()
             }
             Common::Built { linker } => format!(
                 "built here: {linker} of the image has written it, and the processes that began \
                  the build run it"
+            ),
+            Common::Unpacked(Unpacking { exe, .. }) => format!(
+                "unpacked here: {exe} of the image has written it, or a script that came from \
+                 there has, and the processes that began this run it: what else of it was run \
+                 is counted here"
             ),
             Common::Loaded { .. } => "libraries of one directory, loaded by one process".to_owned(),
             Common::Pattern { pattern, .. } => {
@@ -95,7 +108,13 @@ impl Common {
 
     /// Whether this is the detail of a finding about one file too.
     pub(super) fn explains_one(&self) -> bool {
-        matches!(self, Common::Brought(_) | Common::Built { .. } | Common::Accepted(_))
+        matches!(
+            self,
+            Common::Brought(_)
+                | Common::Built { .. }
+                | Common::Unpacked(_)
+                | Common::Accepted(_)
+        )
     }
 }
 

@@ -11,6 +11,7 @@
 //! obeyed or privileged, by a package manager ─> one for each transaction and kind
 //! used, as a package manager has brought it ──> one for each transaction and kind
 //! run, as the image's linker has made it ─────> one for each linker
+//! scripts that one archiver has unpacked, and what these write and run ─> one
 //! libraries of one directory, by one process ─> one
 //! run under a generated name ─────────────────> one for each pattern and program that runs
 //!                        it; executed, and high or worse: one for each content
@@ -29,7 +30,6 @@ mod code;
 mod emit;
 mod files;
 mod group;
-mod names;
 mod packages;
 mod put;
 mod unpublished;

@@ -35,12 +35,7 @@ pub(super) fn accounts(
     let is_one = FILES.iter().any(|one| one.as_bytes() == file.path.as_bytes());
     let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
     let exe = process.exe.as_deref()?;
-    let name = |text: &str| text.rsplit('/').next().unwrap_or_default().to_owned();
-    // The first argument names the applet of busybox.
-    let called = match name(exe).as_str() {
-        "busybox" => name(process.argv.as_ref()?.first()?),
-        other => other.to_owned(),
-    };
+    let called = programs::called_as(exe, process.argv.as_deref());
     let program = RootfsPath::new(exe).ok()?;
     let is_images =
         detect::is_program_of(image, &program) && entry.findings.about(&program).next().is_none();

@@ -53,9 +53,9 @@ struct Check {
     at: Timestamp,
     handle: Handle,
     process: Process,
-    /// A script from a pipe. It is reported unless the process turns out to be a shell on a
-    /// connection.
-    pipe: Option<Script>,
+    /// A script from a pipe, and the writer of a script. It is reported unless the process
+    /// turns out to be a shell on a connection.
+    pipe: Option<(Script, Option<Arc<Process>>)>,
     /// It runs a script of the image, which may use connections.
     is_service: bool,
     /// The script that it was given by name.
@@ -276,8 +276,9 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
         Runs::Input => match standard.0[0] {
             Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
                 let from = check.handle.connections().remove(&inode);
-                check.pipe = from.map(|from| Script::Pipe {
-                    from: Some(format!("a connection to {}", from.remote)),
+                check.pipe = from.map(|from| {
+                    let from = Some(format!("a connection to {}", from.remote));
+                    (Script::Pipe { from }, None)
                 });
             }
             Some(Descriptor::Socket(_)) | None => (),
@@ -310,21 +311,23 @@ fn take(shared: &Files, check: &mut Check, given: Given) {
             match inspect::examine(shared, &check.watched, Some(&check.handle), &fd) {
                 inspect::Examined::Image => check.is_service = true,
                 inspect::Examined::Code(code) | inspect::Examined::Hosts(code) => {
-                    let stat = file::stat(&fd);
+                    let stat = file::stat(&fd).ok();
                     // The gate reports a script that was itself executed, if it was asked.
-                    let is_reported =
-                        stat.is_ok_and(|stat| shared.table.is_marked(stat.device, stat.mount));
-                    report_script(shared, check, code, is_reported);
+                    let is_reported = stat
+                        .as_ref()
+                        .is_some_and(|stat| shared.table.is_marked(stat.device, stat.mount));
+                    let writer = writer(shared, check, &code, stat.as_ref());
+                    report_script(shared, check, code, writer, is_reported);
                 }
                 inspect::Examined::Nothing => (),
             }
         }
-        Given::Pipe(pipe) => check.pipe = piped_script(check, pipe),
+        Given::Pipe(pipe) => check.pipe = piped_script(check, pipe).map(|script| (script, None)),
         // For a root whose layers are not read, the upper layer decides.
         Given::Foreign(path) if check.watched.has_foreign_layers() && is_on_root(check, &path) => {
             let Ok(path) = RootfsPath::new(path) else { return };
             match inspect::of_unread(shared, &check.watched, path, None) {
-                Some(code) => report_script(shared, check, code, false),
+                Some(code) => report_script(shared, check, code, None, false),
                 None => check.is_service = true,
             }
         }
@@ -332,7 +335,7 @@ fn take(shared: &Files, check: &mut Check, given: Given) {
             if shared.settings.looks_at(Filesystem::Volume)
                 && let Ok(path) = RootfsPath::new(path)
             {
-                report_script(shared, check, inspect::unasked(path), false);
+                report_script(shared, check, inspect::unasked(path), None, false);
             }
         }
         Given::Nothing => (),
@@ -384,7 +387,7 @@ fn named_again(shared: &Files, check: &mut Check) {
         RootfsPath::new([&directory, &b"/"[..], &name].concat())
     };
     if let Ok(path) = path {
-        report_script(shared, check, inspect::gone(path, Filesystem::Overlay), false);
+        report_script(shared, check, inspect::gone(path, Filesystem::Overlay), None, false);
     }
 }
 
@@ -411,9 +414,9 @@ fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
     }
     check.again += 1;
     // Only now: a shell on a connection is not also reported as a script from a pipe.
-    if let Some(script) = check.pipe.take() {
-        let fact =
-            Fact::File(FileFact::Interpreted { script, process: Arc::new(check.process.clone()) });
+    if let Some((script, writer)) = check.pipe.take() {
+        let process = Arc::new(check.process.clone());
+        let fact = Fact::File(FileFact::Interpreted { script, process, writer });
         shared.observe(&check.watched, check.at, Source::Trace, fact);
     }
     if is_alive { Outcome::ForNow(Box::new(check)) } else { Outcome::Enough }
@@ -467,7 +470,27 @@ fn report_shell(shared: &Files, check: &Check, direct: bool, evidence: String) {
     }
 }
 
-fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when_executed: bool) {
+/// The writer of a script, if that is known.
+fn writer(
+    shared: &Files,
+    check: &Check,
+    code: &Code,
+    stat: Option<&file::Stat>,
+) -> Option<Arc<Process>> {
+    let is_own = code.filesystem == Filesystem::Overlay && code.file_of.is_none();
+    let stat = stat.filter(|_| is_own)?;
+    // Of its content. The path may have been changed by another process, such as a chmod.
+    let writer = shared.writer_of_file(&check.watched, stat);
+    writer.or_else(|| shared.writer_of(&check.watched, &code.path))
+}
+
+fn report_script(
+    shared: &Files,
+    check: &mut Check,
+    code: Code,
+    writer: Option<Arc<Process>>,
+    is_reported_when_executed: bool,
+) {
     let Code { path, filesystem, state, lower, file_of } = code;
     let process = Arc::new(check.process.clone());
     let executed = check.script.as_ref().filter(|script| script.is_executed);
@@ -488,7 +511,7 @@ fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when
             process,
             invoked_as: None,
             layer_file: None,
-            writer: None,
+            writer,
         }),
         None => {
             let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
@@ -496,10 +519,10 @@ fn report_script(shared: &Files, check: &mut Check, code: Code, is_reported_when
             if may_be_executed && file_of.is_none() && check.pipe.is_none() {
                 // `#!/usr/bin/env X`, or a text without `#!`: the gate reports that it was
                 // executed, and that comes first.
-                check.pipe = Some(script);
+                check.pipe = Some((script, writer));
                 return;
             }
-            Fact::File(FileFact::Interpreted { script, process })
+            Fact::File(FileFact::Interpreted { script, process, writer })
         }
     };
     shared.observe_file_of(&check.watched, file_of, check.at, Source::Trace, fact);

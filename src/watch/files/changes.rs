@@ -58,9 +58,11 @@ fn take(shared: &Files, events: Vec<DecodedName>) {
                     shared.dirty.mark_for_scan(&watched);
                     continue;
                 };
-                // The change feed reports the writers of content.
-                let names_writer = named.mask & (libc::FAN_ATTRIB | libc::FAN_MOVED_TO) != 0
-                    && named.mask & libc::FAN_ONDIR == 0;
+                // The change feed reports the writers of content, later. A symbolic link has
+                // none.
+                let is_by_name = libc::FAN_ATTRIB | libc::FAN_CREATE | libc::FAN_MOVED_TO;
+                let names_writer =
+                    named.mask & is_by_name != 0 && named.mask & libc::FAN_ONDIR == 0;
                 let writer = names_writer.then(|| {
                     let found = || shared.writer(&watched, named.pid);
                     writers.entry(named.pid).or_insert_with(found).clone()

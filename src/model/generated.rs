@@ -1,11 +1,33 @@
 //! Which names are generated: those of temporary files, of numbered steps, of directories
-//! that are unpacked anew at each start. A name only decides which findings are aggregated,
-//! never their severity. Pure.
+//! that are unpacked anew at each start. Pure.
+//!
+//! A name only decides which findings are aggregated and which exceptions are proposed, never a
+//! severity.
 
-use crate::model::RootfsPath;
+use super::RootfsPath;
 
-/// A path with a `*` for each part that looks generated; `None` if no part does.
-pub(super) fn pattern(path: &RootfsPath) -> Option<Vec<u8>> {
+/// Directories for files that are needed for a moment.
+const TEMPORARY: &[&[u8]] = &[b"/tmp/", b"/var/tmp/"];
+
+/// A path with a `*` for each part that looks generated; `None` if no part does. Of files in
+/// a directory for temporary files, only the directory is left: one program makes up names
+/// in more than one way.
+pub fn pattern(path: &RootfsPath) -> Option<Vec<u8>> {
+    let pattern = by_parts(path)?;
+    let directory = TEMPORARY.iter().find(|directory| pattern.starts_with(directory));
+    let is_made_up = |rest: &[u8]| {
+        let mut names = rest.split(|&byte| byte == b'/');
+        names.all(|name| name.contains(&b'*'))
+    };
+    match directory {
+        Some(directory) if is_made_up(&pattern[directory.len()..]) => {
+            Some([directory, &b"*"[..]].concat())
+        }
+        _ => Some(pattern),
+    }
+}
+
+fn by_parts(path: &RootfsPath) -> Option<Vec<u8>> {
     let mut pattern = Vec::new();
     let mut is_generated = false;
     let mut names = path.relative().split(|&byte| byte == b'/').peekable();
@@ -32,6 +54,11 @@ fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
             return true;
         }
     }
+    // The directory of a script that autoconf has made.
+    if name.len() == 10 && name.starts_with(b"conf") && looks_random(&name[4..]) {
+        pattern.extend(b"conf*");
+        return true;
+    }
     // Python's: a prefix, by default `tmp`, and eight characters, perhaps with a suffix.
     let stem = name.split(|&byte| byte == b'.').next().unwrap_or(name);
     let Some(at) = stem.len().checked_sub(8) else { return false };
@@ -40,6 +67,11 @@ fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
         return true;
     }
     false
+}
+
+/// Whether these may be mktemp's characters, and are no word.
+fn looks_random(part: &[u8]) -> bool {
+    part.iter().all(u8::is_ascii_alphanumeric) && !part.iter().all(u8::is_ascii_lowercase)
 }
 
 /// Adds one name of a path. True if a part of it looks generated.
@@ -136,10 +168,15 @@ mod tests {
 
     #[test]
     fn w06_generated_names_are_recognised() {
-        check("/tmp/tmp.kdPeaKxyzA", Some("/tmp/tmp.*"));
-        check("/tmp/tmp.abcdef", Some("/tmp/tmp.*"));
-        check("/tmp/tmpab_defgh.sh", Some("/tmp/tmp*.sh"));
-        check("/tmp/_MEIx9Q2ab/libfoo.so", Some("/tmp/_MEI*/*"));
+        check("/tmp/tmp.kdPeaKxyzA", Some("/tmp/*"));
+        check("/srv/tmp.abcdef", Some("/srv/tmp.*"));
+        check("/tmp/tmpab_defgh.sh", Some("/tmp/*"));
+        check("/srv/tmpab_defgh.sh", Some("/srv/tmp*.sh"));
+        check("/srv/_MEIx9Q2ab/libfoo.so", Some("/srv/_MEI*/*"));
+        check("/var/tmp/_MEIx9Q2ab/libfoo.so", Some("/var/tmp/*"));
+        check("/tmp/tmp.abcdef/evil", Some("/tmp/*"));
+        check("/tmp/12345/evil.sh", Some("/tmp/*/evil.sh"));
+        check("/src/confH8xKQd/subs.awk", Some("/src/conf*/*"));
         check("/home/runner/_work/_temp/17.sh", Some("/home/runner/_work/_temp/*.sh"));
         check("/w/_temp/0b7e2c1a-94d3-4b1f-8a55-6f0e1d2c3b4a.sh", Some("/w/_temp/*.sh"));
         check("/j/w@tmp/durable-1a2b3c4d/script.sh", Some("/j/w@tmp/durable-*/script.sh"));
@@ -147,10 +184,11 @@ mod tests {
             "/root/.ansible/tmp/ansible-tmp-1700000000.1-2-3/AnsiballZ_ping.py",
             Some("/root/.ansible/tmp/ansible-tmp-*/*"),
         );
-        check("/tmp/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/tmp/airflowtmp*/*"));
-        check("/tmp/jenkinszeWGbCfjjkm6.sh", Some("/tmp/*.sh"));
-        check("/tmp/jenkinsClavDJozucfI.sh", Some("/tmp/*.sh"));
-        check("/tmp/jenkinsMVefgAipyP87.sh", Some("/tmp/*.sh"));
+        check("/tmp/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/tmp/*"));
+        check("/w/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/w/airflowtmp*/*"));
+        check("/tmp/jenkinszeWGbCfjjkm6.sh", Some("/tmp/*"));
+        check("/tmp/jenkinsClavDJozucfI.sh", Some("/tmp/*"));
+        check("/tmp/jenkinsMVefgAipyP87.sh", Some("/tmp/*"));
         check("/tmp/kqzvbnmx", Some("/tmp/*"));
         check("/tmp/aQx7Zk", Some("/tmp/*"));
     }
@@ -174,6 +212,8 @@ mod tests {
             "/usr/bin/systemd",
             "/tmp/payload",
             "/tmp/linpeas.sh",
+            "/src/conference/x.sh",
+            "/src/confidence/x.sh",
         ] {
             check(word, None);
         }
