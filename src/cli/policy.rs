@@ -172,9 +172,7 @@ impl Profiles {
     pub(super) fn with(self, files: PolicyFiles) -> PolicyFiles {
         match self.names.is_empty() {
             true => files,
-            false => {
-                PolicyFiles { profiles: self.names, profile_dir: self.profile_dir, ..files }
-            }
+            false => PolicyFiles { profiles: self.names, profile_dir: self.profile_dir, ..files },
         }
     }
 }
@@ -305,17 +303,7 @@ pub(super) fn policy_json(status: proto::PolicyStatus) -> anyhow::Result<PolicyJ
         Ok(RuleEndJson { id, expires, expired })
     };
     let ends = ends.into_iter().map(end).collect::<anyhow::Result<_>>()?;
-    Ok(PolicyJson {
-        generation,
-        version,
-        digest,
-        enforce,
-        rules,
-        refused,
-        ends,
-        profiles,
-        signed,
-    })
+    Ok(PolicyJson { generation, version, digest, enforce, rules, refused, ends, profiles, signed })
 }
 
 /// One line about the rules in force.

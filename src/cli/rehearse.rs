@@ -105,10 +105,8 @@ impl Test {
             let added = profiles.iter().filter(|file| !is_there(file));
             let files = files.iter().chain(added).cloned().collect();
             let tested = policy::parse(directory.as_deref().unwrap_or(Path::new("")), files)?;
-            let sets = Sets {
-                in_force: Policy::rehearsed(&in_force),
-                tested: Policy::rehearsed(&tested),
-            };
+            let sets =
+                Sets { in_force: Policy::rehearsed(&in_force), tested: Policy::rehearsed(&tested) };
             rehearse(&mut client, &sets, container.to_proto(), since).await
         })?;
         one(&result, output.format, || text(&result))?;

@@ -98,8 +98,10 @@ fn render(
     let policy = tried(rules)?;
     let (accepted, not): (Vec<&Selected>, Vec<&Selected>) =
         selected.iter().partition(|selected| is_accepted(&policy, selected));
-    let beside: Vec<&Selected> =
-        others.iter().filter(|other| accepted_files(&policy, &other.finding, &other.members) > 0).collect();
+    let beside: Vec<&Selected> = others
+        .iter()
+        .filter(|other| accepted_files(&policy, &other.finding, &other.members) > 0)
+        .collect();
     let mut text = format!(
         "# {} of {} findings would be accepted by {} exceptions. Fill in each `reason`: without\n\
          # one, driftd refuses the file.\n",

@@ -84,7 +84,8 @@ pub(super) struct Changes {
 impl Changes {
     pub(super) fn of(from: &PolicyFiles) -> Changes {
         let (sender, events) = mpsc::channel(1);
-        let directories = [Some(&from.dir), Some(&from.profile_dir).filter(|_| !from.profiles.is_empty())];
+        let directories =
+            [Some(&from.dir), Some(&from.profile_dir).filter(|_| !from.profiles.is_empty())];
         let directories: Vec<PathBuf> = directories.into_iter().flatten().cloned().collect();
         let own = directories.clone();
         let watched = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {

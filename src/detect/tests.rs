@@ -137,7 +137,13 @@ fn fact(line: &str) -> FileFact {
             process: process(),
             writer: None,
         },
-        "write" => FileFact::Present { path: path(), state: state(), lower: None, writer: None },
+        "write" => FileFact::Present {
+            path: path(),
+            state: state(),
+            lower: None,
+            writer: None,
+            changed: None,
+        },
         "link" | "mount" => FileFact::Present {
             path: path(),
             state: FileState {
@@ -156,6 +162,7 @@ fn fact(line: &str) -> FileFact {
             },
             lower: None,
             writer: None,
+            changed: None,
         },
         "remove" => FileFact::Absent { path: path(), writer: None },
         other => panic!("bad verb {other}"),

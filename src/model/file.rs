@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::digest::{Blake3Hash, Sha256Hash};
@@ -14,6 +15,13 @@ use super::digest::{Blake3Hash, Sha256Hash};
 pub struct FileTime {
     pub seconds: i64,
     pub nanoseconds: u32,
+}
+
+impl FileTime {
+    /// `None` for a time that no clock shows.
+    pub fn timestamp(self) -> Option<Timestamp> {
+        Timestamp::new(self.seconds, i32::try_from(self.nanoseconds).ok()?).ok()
+    }
 }
 
 /// The type of an inode.

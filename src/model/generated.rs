@@ -54,13 +54,18 @@ fn add_temporary(name: &[u8], pattern: &mut Vec<u8>) -> bool {
             return true;
         }
     }
-    // The directory of a script that autoconf has made.
-    if name.len() == 10 && name.starts_with(b"conf") && looks_random(&name[4..]) {
-        pattern.extend(b"conf*");
-        return true;
+    let stem = name.split(|&byte| byte == b'.').next().unwrap_or(name);
+    // A directory of autoconf's, a script of Jenkins': a word that is not set apart.
+    for (prefix, lengths) in [(b"conf".as_slice(), 6..=6), (b"jenkins", 8..=20)] {
+        if let Some(rest) = stem.strip_prefix(prefix)
+            && lengths.contains(&rest.len())
+            && looks_random(rest)
+        {
+            pattern.extend([prefix, b"*", &name[stem.len()..]].concat());
+            return true;
+        }
     }
     // Python's: a prefix, by default `tmp`, and eight characters, perhaps with a suffix.
-    let stem = name.split(|&byte| byte == b'.').next().unwrap_or(name);
     let Some(at) = stem.len().checked_sub(8) else { return false };
     if stem[..at].ends_with(b"tmp") {
         pattern.extend([&stem[..at], b"*", &name[stem.len()..]].concat());
@@ -187,6 +192,9 @@ mod tests {
         check("/tmp/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/tmp/*"));
         check("/w/airflowtmpk2_lw0ab/tmpx1_2y3zq", Some("/w/airflowtmp*/*"));
         check("/tmp/jenkinszeWGbCfjjkm6.sh", Some("/tmp/*"));
+        check("/tmp/jenkinsBoxbOlIsDbO7.sh", Some("/tmp/*"));
+        check("/tmp/jenkinsKasxantDPdya.sh", Some("/tmp/*"));
+        check("/w/jenkinsKasxantDPdya.sh", Some("/w/jenkins*.sh"));
         check("/tmp/jenkinsClavDJozucfI.sh", Some("/tmp/*"));
         check("/tmp/jenkinsMVefgAipyP87.sh", Some("/tmp/*"));
         check("/tmp/kqzvbnmx", Some("/tmp/*"));
@@ -212,6 +220,8 @@ mod tests {
             "/usr/bin/systemd",
             "/tmp/payload",
             "/tmp/linpeas.sh",
+            "/tmp/jenkins-agent.sh",
+            "/tmp/jenkinsbackup.sh",
             "/src/conference/x.sh",
             "/src/confidence/x.sh",
         ] {

@@ -157,6 +157,8 @@ pub enum FileFact {
         lower: Option<LowerTwin>,
         /// The last writer, if the change feed could still see it.
         writer: Option<Arc<Process>>,
+        /// When the file last changed (`st_ctime`).
+        changed: Option<FileTime>,
     },
     /// Nothing is at `path` any more: a whiteout or an opaque directory hides
     /// the image's file, or the container's own file is gone.

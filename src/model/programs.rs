@@ -4,8 +4,8 @@
 //! from a name, and what else has to hold. This file reads no files and judges nothing.
 
 use Role::{
-    Accounts, Archiver, Guard, Installer, InstallerIf, InstallerScript, InstallerScriptIf, Launcher, Linker,
-    MultiCall, Runs, RunsInstallers, Runtime, Shell, Tool,
+    Accounts, Archiver, Guard, Installer, InstallerIf, InstallerScript, InstallerScriptIf,
+    Launcher, Linker, MultiCall, Runs, RunsInstallers, Runtime, Shell, Tool,
 };
 
 /// The language of an interpreter's scripts.

@@ -32,6 +32,8 @@ pub(super) struct Evidence<'a> {
     /// The process that wrote the file, if it is known and is not `process`.
     pub(super) writer: Option<&'a Process>,
     pub(super) invoked_as: Option<&'a str>,
+    /// When the file last changed, by its own times.
+    pub(super) changed: Option<Timestamp>,
     pub(super) detail: Option<&'a str>,
 }
 
@@ -45,6 +47,7 @@ impl Default for Evidence<'_> {
             process: None,
             writer: None,
             invoked_as: None,
+            changed: None,
             detail: None,
         }
     }

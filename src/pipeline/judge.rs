@@ -17,8 +17,8 @@ use crate::detect::{self, Assessment, Sensitive};
 use crate::health::Failure;
 use crate::inventory::{BaselineState, Entry};
 use crate::model::{
-    Blake3Hash, ContainerId, Fact, FileFact, FileType, FindingId, Kind, Observation, Process,
-    RootfsPath, Script, SessionFact, Severity, bytes_of_printable,
+    Blake3Hash, ContainerId, Fact, FileFact, FileTime, FileType, FindingId, Kind, Observation,
+    Process, RootfsPath, Script, SessionFact, Severity, bytes_of_printable,
 };
 use crate::watch::Verdict;
 
@@ -210,6 +210,7 @@ impl State {
                 writer: writer.as_deref(),
                 invoked_as: invoked_as.as_deref(),
                 detail: layer_file.is_some().then_some(IN_LAYER),
+                ..Evidence::default()
             },
             FileFact::Loaded { .. } => {
                 return self.emit_loaded(observation, fact, assessment, baseline, now, effects);
@@ -222,13 +223,14 @@ impl State {
                 };
                 return self.emit_script(observation, &assessment, script, run, now, effects);
             }
-            FileFact::Present { path, state, lower, writer } => {
+            FileFact::Present { path, state, lower, writer, changed } => {
                 self.mark_deleted(container, path, state.blake3(), false, effects);
                 Evidence {
                     path: Some(path),
                     state: Some(state),
                     lower: lower.as_ref(),
                     process: writer.as_deref(),
+                    changed: changed.and_then(FileTime::timestamp),
                     detail: (state.file_type == FileType::Directory).then_some(BY_MOUNT),
                     ..Evidence::default()
                 }

@@ -586,7 +586,13 @@ fn exec(path: RootfsPath, content: &str) -> Fact {
 }
 
 fn present(path: RootfsPath, content: &str) -> Fact {
-    Fact::File(FileFact::Present { path, state: state_of(content), lower: None, writer: None })
+    Fact::File(FileFact::Present {
+        path,
+        state: state_of(content),
+        lower: None,
+        writer: None,
+        changed: None,
+    })
 }
 
 fn fileless(content: &str) -> Fact {
@@ -618,7 +624,13 @@ fn dpkg(exe: &str) -> Fact {
 }
 
 fn written_by(path: &str, content: &str, writer: Option<Arc<Process>>) -> Fact {
-    Fact::File(FileFact::Present { path: at(path), state: state_of(content), lower: None, writer })
+    Fact::File(FileFact::Present {
+        path: at(path),
+        state: state_of(content),
+        lower: None,
+        writer,
+        changed: None,
+    })
 }
 
 /// What became of a request, as `respond` reports it.

@@ -23,7 +23,9 @@ use std::sync::Arc;
 use jiff::{SignedDuration, Timestamp};
 
 pub use self::condition::Subject;
-pub use self::files::{Fault, Loaded, MAX_FILE, Owners, PolicyFile, Refused, parse, profile_names, read, read_profiles};
+pub use self::files::{
+    Fault, Loaded, MAX_FILE, Owners, PolicyFile, Refused, parse, profile_names, read, read_profiles,
+};
 pub use self::rule::{Answer, Effect, Place, Rule};
 pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
 use crate::config::{Config, Enforce};

@@ -61,11 +61,7 @@ pub struct Rule {
 
 impl Rule {
     /// Checks a rule, perhaps one of a profile. The error says which key is wrong, and why.
-    pub(super) fn new(
-        text: RuleText,
-        place: Place,
-        profile: Option<&str>,
-    ) -> Result<Rule, String> {
+    pub(super) fn new(text: RuleText, place: Place, profile: Option<&str>) -> Result<Rule, String> {
         if let Some(profile) = profile {
             check_of_profile(&text, profile)?;
         }

@@ -44,7 +44,10 @@ pub(super) fn verify(
         let entry = line.split_once("  ").or_else(|| line.split_once(" *"));
         let (hash, name) = entry.ok_or_else(|| Fault {
             at: Some((number + 1, 1)),
-            ..fault(LIST, "a line is a SHA-256 hash, two spaces and a name (sha256sum *.toml)".to_owned())
+            ..fault(
+                LIST,
+                "a line is a SHA-256 hash, two spaces and a name (sha256sum *.toml)".to_owned(),
+            )
         })?;
         listed.insert(name.strip_prefix("./").unwrap_or(name), hash);
     }

@@ -14,9 +14,7 @@ use serde::Serialize;
 
 use super::condition::writer;
 use super::images::whole_name;
-use crate::model::{
-    Blake3Hash, Finding, FindingId, Kind, Member, Process, RootfsPath, generated,
-};
+use crate::model::{Blake3Hash, Finding, FindingId, Kind, Member, Process, RootfsPath, generated};
 
 /// The most contents of one rule, and the most paths. With more, a pattern says it shorter.
 const MAX_CONTENTS: usize = 16;
@@ -218,9 +216,8 @@ fn conditions_of_program(finding: &Finding) -> Conditions {
     let name = finding.image.name.as_deref().map(whole_name).unwrap_or_default();
     let image = vec![escape(&name)];
     let unchanged = finding.from_image.as_deref().unwrap_or_default();
-    let program = |exe: Option<&str>| {
-        exe.map(|exe| Program { path: escape(exe), from_image: true })
-    };
+    let program =
+        |exe: Option<&str>| exe.map(|exe| Program { path: escape(exe), from_image: true });
     let of_writer = writer(finding)
         .filter(|writer| unchanged.contains(&writer.identity))
         .and_then(|writer| program(writer.exe.as_deref()));

@@ -532,10 +532,8 @@ fn with_a_key_only_a_signed_set_is_taken_and_no_file_may_be_left_out_or_added() 
         write("SHA256SUMS", &list);
         write("SHA256SUMS.minisig", &signature);
     };
-    let from = |key: &str| PolicyFiles {
-        public_key: key.to_owned(),
-        ..PolicyFiles::of(directory.path())
-    };
+    let from =
+        |key: &str| PolicyFiles { public_key: key.to_owned(), ..PolicyFiles::of(directory.path()) };
     let key = keys.pk.to_base64();
     let refused = || read(&from(&key), Owners::Own).unwrap_err().to_string();
     write("a.toml", &rule("a", ACCEPT, "kind = [\"exec.new\"]"));

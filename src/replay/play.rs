@@ -638,7 +638,7 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
         }
         FileAction::Written => {
             let writer = by.map(|exe| Arc::new(process(WRITER, exe, None, init)));
-            Fact::File(FileFact::Present { path, state, lower: None, writer })
+            Fact::File(FileFact::Present { path, state, lower: None, writer, changed: None })
         }
     }
 }

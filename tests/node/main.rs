@@ -34,6 +34,7 @@ mod ordinary;
 mod owners;
 mod pods;
 mod policy;
+mod profiles;
 mod programs;
 mod proof;
 mod quiet;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
         recording::tests(),
         pods::tests(),
         policy::tests(),
+        profiles::tests(),
         sessions::tests(),
         start::tests(),
         threads::tests(),

@@ -8,8 +8,8 @@ use crate::baseline::ImageBaseline;
 use crate::detect;
 use crate::inventory::{Aspect, Entry, Reported, Unpacking};
 use crate::model::{
-    Blake3Hash, ContainerId, FindingId, Kind, Process, RootfsPath, Severity, generated,
-    is_linker, programs,
+    Blake3Hash, ContainerId, FindingId, Kind, Process, RootfsPath, Severity, generated, is_linker,
+    programs,
 };
 
 /// Code that was run or loaded.
@@ -41,8 +41,7 @@ pub(super) fn used_group(
     }
     if let Some(unpacking) = unpacked_by(entry, image, used) {
         let common = Common::Unpacked(unpacking);
-        let executed =
-            Group { kind: Kind::ExecScript, ..group(None, None, common.clone()) };
+        let executed = Group { kind: Kind::ExecScript, ..group(None, None, common.clone()) };
         // A script that an interpreter was given by name is worth no line of its own.
         let is_known = entry.findings.contains(&executed.id(container));
         return Some(if is_known { executed } else { group(None, None, common) });

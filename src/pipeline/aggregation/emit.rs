@@ -12,8 +12,6 @@ use super::packages::{
     is_site_hook, transaction_id,
 };
 use super::put::{MemberFile, Target};
-use jiff::SignedDuration;
-
 use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::detect::Judgement;
 use crate::inventory::{Aspect, BaselineState, Entry, Reported};
@@ -27,9 +25,6 @@ use crate::pipeline::decide::was_accepted;
 use crate::pipeline::evidence::Emission;
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
-
-/// How long after its appearance a scan may find a file.
-const SETTLES: SignedDuration = SignedDuration::from_secs(10);
 
 impl State {
     /// Emits a judgement as part of an aggregated finding, if it belongs into one. False if
@@ -325,10 +320,9 @@ fn during(entry: &Entry, emission: &Emission<'_>) -> Option<FindingId> {
     if observation.source != Source::Scan || evidence.process.is_some() {
         return None;
     }
-    let is_during = |finding: &&Finding| {
-        let until = finding.last_seen.saturating_add(SETTLES).unwrap_or(finding.last_seen);
-        (finding.first_seen..=until).contains(&observation.at)
-    };
+    let changed = evidence.changed?;
+    let is_during =
+        |finding: &&Finding| (finding.first_seen..=finding.last_seen).contains(&changed);
     let is_transaction = |finding: &&Finding| finding.kind == Kind::PackageTransaction;
     let mut transactions = entry.findings.iter().filter(is_transaction);
     transactions.find(is_during).map(|finding| finding.id)

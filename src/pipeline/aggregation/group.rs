@@ -110,10 +110,7 @@ impl Common {
     pub(super) fn explains_one(&self) -> bool {
         matches!(
             self,
-            Common::Brought(_)
-                | Common::Built { .. }
-                | Common::Unpacked(_)
-                | Common::Accepted(_)
+            Common::Brought(_) | Common::Built { .. } | Common::Unpacked(_) | Common::Accepted(_)
         )
     }
 }

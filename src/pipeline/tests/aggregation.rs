@@ -172,7 +172,13 @@ fn scripts_of_a_package_belong_to_its_transaction_and_what_they_give_away_stands
     let (path, writer) = (at("/bin/ls"), Some(own.clone()));
     node.see(
         Source::Change,
-        Fact::File(FileFact::Present { path, state: privileged, lower: None, writer }),
+        Fact::File(FileFact::Present {
+            path,
+            state: privileged,
+            lower: None,
+            writer,
+            changed: None,
+        }),
     );
     node.publish();
     assert_eq!(node.kinds(), [(Kind::FilePrivileged, 1, 1), (Kind::PackageTransaction, 1, 2)]);

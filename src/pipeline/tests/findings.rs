@@ -66,6 +66,7 @@ fn b25_a_library_that_a_program_of_the_image_has_unpacked_is_recorded_and_no_ala
         state: state_of("jni"),
         lower: None,
         writer: Some(Arc::new(app())),
+        changed: None,
     });
     let at = Timestamp::from_second(1).unwrap();
     let (container, source) = (id("c1"), Source::Change);

@@ -490,7 +490,7 @@ fn r23_many_programs_that_gain_a_privilege_are_few_lines() {
         let path = at(&format!("/opt/p{number}"));
         node.see(
             Source::Change,
-            Fact::File(FileFact::Present { path, state, lower: None, writer: None }),
+            Fact::File(FileFact::Present { path, state, lower: None, writer: None, changed: None }),
         );
     }
     let privileged: Vec<String> =
@@ -508,7 +508,7 @@ fn w10_accounts_that_one_command_changes_are_one_line_and_a_line_by_a_shell_is_i
     let write = |path: &str, content: &str, writer: Process| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
         let writer = Some(Arc::new(writer));
-        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
+        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer, changed: None })
     };
     for file in files {
         node.see(Source::Change, write(file, file, program(60, "/usr/sbin/useradd", &[])));
@@ -535,7 +535,7 @@ fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_bes
     let write = |path: &str, content: &str, writer: Process| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
         let writer = Some(Arc::new(writer));
-        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
+        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer, changed: None })
     };
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     let brought = [
@@ -577,7 +577,7 @@ fn w07_what_a_package_lays_where_programs_obey_it_is_one_line_and_what_others_la
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     let write = |path: &str, content: &str, writer: Option<Arc<Process>>| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(content) };
-        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
+        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer, changed: None })
     };
     for (number, path) in
         ["/etc/init.d/cached", "/etc/rc2.d/cached", "/etc/passwd"].iter().enumerate()
@@ -590,7 +590,13 @@ fn w07_what_a_package_lays_where_programs_obey_it_is_one_line_and_what_others_la
     let (path, writer) = (at("/usr/bin/agent"), Some(descendant(55, &[50])));
     node.see(
         Source::Change,
-        Fact::File(FileFact::Present { path, state: privileged, lower: None, writer }),
+        Fact::File(FileFact::Present {
+            path,
+            state: privileged,
+            lower: None,
+            writer,
+            changed: None,
+        }),
     );
     let lines = |node: &mut Node| -> Vec<String> {
         node.lines().into_iter().filter(|line| line.starts_with("file.p")).collect()
@@ -624,10 +630,14 @@ fn w07_what_a_scan_finds_while_a_transaction_goes_on_is_one_line_and_what_comes_
     node.state.policy.persistence = model::PathGlobs::new(places).unwrap();
     node.see(Source::Change, dpkg("/usr/bin/dpkg"));
     node.see(Source::Change, written_by("/usr/bin/new", "new", Some(descendant(51, &[50]))));
-    let write = |path: &str, writer: Option<Arc<Process>>| {
+    let during = node.newest()[0].first_seen;
+    let written_at = |path: &str, writer: Option<Arc<Process>>, changed: Timestamp| {
         let state = FileState { format: Format::Data, mode: 0o644, ..state_of(path) };
-        Fact::File(FileFact::Present { path: at(path), state, lower: None, writer })
+        let changed = model::file::FileTime { seconds: changed.as_second(), nanoseconds: 0 };
+        let (path, changed) = (at(path), Some(changed));
+        Fact::File(FileFact::Present { path, state, lower: None, writer, changed })
     };
+    let write = |path: &str, writer| written_at(path, writer, during);
     let lines = |node: &mut Node| -> Vec<String> {
         node.lines().into_iter().filter(|line| line.starts_with("file.persistence")).collect()
     };
@@ -637,8 +647,8 @@ fn w07_what_a_scan_finds_while_a_transaction_goes_on_is_one_line_and_what_comes_
     // The writer of this one is known, and is another.
     let other = || Some(Arc::new(program(80, "/bin/busybox", &[(1, "/bin/busybox")])));
     node.see(Source::Scan, write("/etc/rc5.d/evil", other()));
-    node.clock += 60;
-    node.see(Source::Scan, write("/etc/rc6.d/evil", None));
+    let later = during.checked_add(jiff::SignedDuration::from_secs(60)).unwrap();
+    node.see(Source::Scan, written_at("/etc/rc6.d/evil", None, later));
     assert_eq!(
         lines(&mut node),
         [

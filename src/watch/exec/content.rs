@@ -277,7 +277,7 @@ fn complete(
         let execve = (process.identity.pid, asked);
         process.argv = recorded::recorded_arguments(shared, execve, &|| is_busy);
     }
-    if process.exe.is_none() {
+    if process.exe.is_none() || process.ancestors.is_empty() {
         // It has ended, or it reads a text without `#!` itself: then its program is still
         // the one before.
         let pid = process.identity.pid;

@@ -84,8 +84,9 @@ pub(crate) fn report_settled(
                 watched.ways.forget(&path);
             }
             if walk::matters(shared, &watched, &path, &state, lower.as_ref()) {
+                let changed = Some(stat.changed);
                 let writer = writer.or_else(|| shared.writer_of_file(&watched, &stat));
-                report(Fact::File(FileFact::Present { path, state, lower, writer }));
+                report(Fact::File(FileFact::Present { path, state, lower, writer, changed }));
             }
         }
         // It is unknown whether the container or its runtime removed it.

@@ -415,12 +415,13 @@ impl Walk {
             is_watched.then(|| shared.writer_of_file(&self.watched, &cached.stat)).flatten()
         });
         let Cached { stat, state, lower } = cached;
+        let changed = Some(stat.changed);
         // A file that could not be read is tried again in the next walk.
         let is_known = state.content != Content::Unhashed(Unhashed::Unreadable);
         if is_known && is_stable && self.seen.len() < MAX_CACHED {
             self.seen.insert(path.clone(), Cached { stat, state: state.clone(), lower });
         }
-        self.push(shared, Fact::File(FileFact::Present { path, state, lower, writer }));
+        self.push(shared, Fact::File(FileFact::Present { path, state, lower, writer, changed }));
     }
 
     pub(crate) fn absent(&mut self, shared: &Files, path: RootfsPath) {

@@ -120,7 +120,13 @@ pub(crate) fn note_mounts(
             .and_then(|reached| file::stat(&reached));
         // If its filesystem could block, it must not be accessed, and its content is unknown.
         let state = stat.map_or_else(|_| state::of_mount(), |stat| state::unopened(&stat));
-        let fact = Fact::File(FileFact::Present { path: at, state, lower: None, writer: None });
+        let fact = Fact::File(FileFact::Present {
+            path: at,
+            state,
+            lower: None,
+            writer: None,
+            changed: None,
+        });
         shared.observe(watched, Timestamp::now(), Source::Change, fact);
     }
 }
