@@ -12,7 +12,7 @@ use super::images::ImagePattern;
 use super::text::{MatchText, ProgramText, SessionText};
 use crate::model::{
     Blake3Hash, Entry, Finding, Kind, PathGlobs, Process, ProcessIdentity, RootfsPath, Session,
-    Severity, Sha256Hash, bytes_of_printable,
+    Severity, Sha256Hash, bytes_of_printable, programs,
 };
 
 /// A finding, with what is known of the session in which it happened.
@@ -36,6 +36,7 @@ pub(super) enum Condition {
     Content(Vec<Content>),
     Ancestor(Program),
     Writer(Program),
+    SelfWritten,
     Filesystem(Vec<String>),
     Container(Texts),
     Namespace(Texts),
@@ -80,6 +81,7 @@ pub(super) fn conditions(text: MatchText, is_exception: bool) -> Result<Vec<Cond
         content,
         ancestor,
         writer,
+        self_written,
         filesystem,
         container,
         namespace,
@@ -168,6 +170,7 @@ pub(super) fn conditions(text: MatchText, is_exception: bool) -> Result<Vec<Cond
         ancestor.map(|text| Program::new("ancestor", text)).transpose()?.map(Condition::Ancestor),
     );
     all.extend(writer.map(|text| Program::new("writer", text)).transpose()?.map(Condition::Writer));
+    all.extend(self_written.then_some(Condition::SelfWritten));
     if all.is_empty() && session.is_none() && !everything {
         return Err("`match` is empty: the rule would be for every finding. If it is, write \
                     `everything = true`"
@@ -262,6 +265,7 @@ impl Condition {
             Condition::Content(_) => "content",
             Condition::Ancestor(_) => "ancestor",
             Condition::Writer(_) => "writer",
+            Condition::SelfWritten => "self_written",
             Condition::Filesystem(_) => "filesystem",
             Condition::Container(_) => "container",
             Condition::Namespace(_) => "namespace",
@@ -304,6 +308,7 @@ impl Condition {
             Condition::Writer(program) => writer(finding).is_some_and(|writer| {
                 program.is_run_by(writer.exe.as_deref(), writer.identity, unchanged)
             }),
+            Condition::SelfWritten => is_self_written(finding),
             Condition::Filesystem(names) => {
                 file.is_some_and(|file| names.contains(&file.filesystem))
             }
@@ -365,9 +370,12 @@ impl Condition {
                 .map_or_else(unknown, |blake3| format!("blake3:{blake3}")),
             Condition::Ancestor(_) => {
                 let ancestors = process.map_or(&[][..], |process| &process.ancestors);
-                programs(ancestors.iter().map(|one| (one.exe.as_deref(), one.identity)), finding)
+                programs_in_words(
+                    ancestors.iter().map(|one| (one.exe.as_deref(), one.identity)),
+                    finding,
+                )
             }
-            Condition::Writer(_) => programs(
+            Condition::Writer(_) | Condition::SelfWritten => programs_in_words(
                 writer(finding).iter().map(|one| (one.exe.as_deref(), one.identity)),
                 finding,
             ),
@@ -409,6 +417,29 @@ impl Condition {
     }
 }
 
+/// Whether the program that uses a file has written it itself: for a library, the program that
+/// loads it; for a program, the one that executes it. It must be the image's own and unchanged.
+/// What an interpreter does is decided by its script, which is not known.
+fn is_self_written(finding: &Finding) -> bool {
+    let unchanged = finding.from_image.as_deref().unwrap_or_default();
+    let Some((writer, process)) = finding.writer.as_ref().zip(finding.process.as_ref()) else {
+        return false;
+    };
+    let user = match finding.kind.is_exec() {
+        true => process.ancestors.first().map(|parent| (parent.identity, parent.exe.as_deref())),
+        false => Some((process.identity, process.exe.as_deref())),
+    };
+    let Some((user, Some(exe))) = user else { return false };
+    let name = exe.rsplit('/').next().unwrap_or_default().as_bytes();
+    let is_interpreter = programs::language(programs::without_version(name)).is_some()
+        || programs::is_shell(name)
+        || programs::is_launcher(name)
+        || programs::is_multicall(name);
+    writer.exe.as_deref() == Some(exe)
+        && !is_interpreter
+        && [writer.identity, user].iter().all(|one| unchanged.contains(one))
+}
+
 /// The process that wrote the file of a finding. In a finding about writing, that is the acting
 /// process.
 pub(super) fn writer(finding: &Finding) -> Option<&Process> {
@@ -416,7 +447,7 @@ pub(super) fn writer(finding: &Finding) -> Option<&Process> {
     finding.writer.as_ref().or_else(|| finding.process.as_ref().filter(|_| is_written))
 }
 
-fn programs<'a>(
+fn programs_in_words<'a>(
     programs: impl Iterator<Item = (Option<&'a str>, ProcessIdentity)>,
     finding: &Finding,
 ) -> String {

@@ -462,6 +462,46 @@ fn files_that_cannot_be_trusted_or_read_are_refused() {
     assert!(refused.contains("e.toml: cannot be read"), "{refused}");
 }
 
+#[test]
+fn a_program_that_has_written_what_it_uses_is_known_and_an_interpreter_is_not_asked() {
+    use crate::model::{Process, ProcessIdentity};
+
+    let process = |pid: u32, exe: &str| {
+        let mut process = finding().process.unwrap();
+        process.identity = ProcessIdentity { pid, start_time: 1 };
+        process.exe = Some(exe.to_owned());
+        process
+    };
+    let accepts_with = |user: Process, writer: Process, unchanged: &[u32]| {
+        let mut finding = finding();
+        finding.kind = Kind::LibraryLoaded;
+        (finding.process, finding.writer) = (Some(user), Some(writer));
+        let unchanged = unchanged.iter().map(|&pid| ProcessIdentity { pid, start_time: 1 });
+        finding.from_image = Some(unchanged.collect());
+        accepts(&rule("x", ACCEPT, "self_written = true"), &finding)
+    };
+    let app = |pid| process(pid, "/usr/bin/app");
+    assert!(accepts_with(app(7), app(7), &[7]));
+    assert!(accepts_with(app(7), app(8), &[7, 8]), "an earlier run of it");
+    assert!(!accepts_with(app(7), app(8), &[7]), "a changed program");
+    assert!(!accepts_with(app(7), process(8, "/bin/cp"), &[7, 8]));
+    for interpreter in ["/usr/bin/python3.11", "/bin/sh", "/bin/busybox", "/usr/bin/java"] {
+        assert!(!accepts_with(process(7, interpreter), process(7, interpreter), &[7]));
+    }
+    // The process of an execution is the new program: its parent has executed it.
+    let mut executed = finding();
+    executed.kind = Kind::ExecNew;
+    let mut new = process(9, "/opt/app/new");
+    new.ancestors[0].identity = ProcessIdentity { pid: 7, start_time: 1 };
+    new.ancestors[0].exe = Some("/usr/bin/app".to_owned());
+    (executed.process, executed.writer) = (Some(new), Some(app(7)));
+    executed.from_image = Some(vec![ProcessIdentity { pid: 7, start_time: 1 }]);
+    let itself = rule("x", ACCEPT, "self_written = true");
+    assert!(accepts(&itself, &executed));
+    executed.writer = Some(process(7, "/opt/app/new"));
+    assert!(!accepts(&itself, &executed));
+}
+
 /// A profile with one rule.
 fn profile(id: &str, more: &str, match_: &str) -> String {
     format!(

@@ -108,6 +108,9 @@ pub(super) struct MatchText {
     pub(super) ancestor: Option<ProgramText>,
     /// The process that wrote the file.
     pub(super) writer: Option<ProgramText>,
+    /// The program that uses the file has written it itself: it loads the library, or executes
+    /// the program. It is the image's own and unchanged, and no interpreter.
+    pub(super) self_written: bool,
     /// Where the file lies: `overlay`, `volume`, `tmpfs`, `anonymous` (memory),
     /// `container` (another container) or `layer`.
     pub(super) filesystem: Vec<String>,

@@ -53,15 +53,29 @@ struct Check {
     at: Timestamp,
     handle: Handle,
     process: Process,
-    /// A script from a pipe, and the writer of a script. It is reported unless the process
-    /// turns out to be a shell on a connection.
-    pipe: Option<(Script, Option<Arc<Process>>)>,
+    /// A script that is reported by the next check. From a pipe: unless the process turns out
+    /// to be a shell on a connection. From a file: by then its writer may be known.
+    pending: Option<Pending>,
     /// It runs a script of the image, which may use connections.
     is_service: bool,
     /// The script that it was given by name.
     script: Option<Named>,
     again: usize,
     due: Instant,
+}
+
+/// A script that is reported later.
+struct Pending {
+    script: Script,
+    written: Written,
+}
+
+/// What shows the writer of a script.
+#[derive(Default)]
+struct Written {
+    writer: Option<Arc<Process>>,
+    /// Of a file on the container's overlay.
+    stat: Option<file::Stat>,
 }
 
 /// A script, by the name that an interpreter was given.
@@ -211,10 +225,11 @@ fn defer(shared: &Files, deferred: &mut VecDeque<Check>, mut check: Check) {
     push(shared, deferred, check);
 }
 
-fn push(shared: &Files, queue: &mut VecDeque<Check>, check: Check) {
+fn push(shared: &Files, queue: &mut VecDeque<Check>, mut check: Check) {
     if queue.len() < MAX_WAITING {
         queue.push_back(check);
     } else {
+        report_pending(shared, &mut check);
         let detail = "too many shells wait to be checked again";
         shared.lose(Failure::CodeQueueFull, Some(&check.watched), detail);
     }
@@ -255,7 +270,7 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
         at,
         handle,
         process,
-        pipe: None,
+        pending: None,
         is_service: false,
         script: None,
         again: 0,
@@ -276,9 +291,9 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
         Runs::Input => match standard.0[0] {
             Some(Descriptor::Socket(inode)) if standard.socket().is_none() => {
                 let from = check.handle.connections().remove(&inode);
-                check.pipe = from.map(|from| {
+                check.pending = from.map(|from| {
                     let from = Some(format!("a connection to {}", from.remote));
-                    (Script::Pipe { from }, None)
+                    Pending::piped(Script::Pipe { from })
                 });
             }
             Some(Descriptor::Socket(_)) | None => (),
@@ -288,7 +303,7 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
             }
         },
     }
-    let is_reported = direct(shared, &check, &standard);
+    let is_reported = direct(shared, &mut check, &standard);
     (!is_reported).then_some(check)
 }
 
@@ -316,18 +331,20 @@ fn take(shared: &Files, check: &mut Check, given: Given) {
                     let is_reported = stat
                         .as_ref()
                         .is_some_and(|stat| shared.table.is_marked(stat.device, stat.mount));
-                    let writer = writer(shared, check, &code, stat.as_ref());
-                    report_script(shared, check, code, writer, is_reported);
+                    let is_own = code.filesystem == Filesystem::Overlay && code.file_of.is_none();
+                    let stat = stat.filter(|_| is_own);
+                    let writer = writer(shared, check, &code.path, stat.as_ref());
+                    report_script(shared, check, code, Written { writer, stat }, is_reported);
                 }
                 inspect::Examined::Nothing => (),
             }
         }
-        Given::Pipe(pipe) => check.pipe = piped_script(check, pipe).map(|script| (script, None)),
+        Given::Pipe(pipe) => check.pending = piped_script(check, pipe).map(Pending::piped),
         // For a root whose layers are not read, the upper layer decides.
         Given::Foreign(path) if check.watched.has_foreign_layers() && is_on_root(check, &path) => {
             let Ok(path) = RootfsPath::new(path) else { return };
             match inspect::of_unread(shared, &check.watched, path, None) {
-                Some(code) => report_script(shared, check, code, None, false),
+                Some(code) => report_script(shared, check, code, Written::default(), false),
                 None => check.is_service = true,
             }
         }
@@ -335,7 +352,7 @@ fn take(shared: &Files, check: &mut Check, given: Given) {
             if shared.settings.looks_at(Filesystem::Volume)
                 && let Ok(path) = RootfsPath::new(path)
             {
-                report_script(shared, check, inspect::unasked(path), None, false);
+                report_script(shared, check, inspect::unasked(path), Written::default(), false);
             }
         }
         Given::Nothing => (),
@@ -387,7 +404,13 @@ fn named_again(shared: &Files, check: &mut Check) {
         RootfsPath::new([&directory, &b"/"[..], &name].concat())
     };
     if let Ok(path) = path {
-        report_script(shared, check, inspect::gone(path, Filesystem::Overlay), None, false);
+        report_script(
+            shared,
+            check,
+            inspect::gone(path, Filesystem::Overlay),
+            Written::default(),
+            false,
+        );
     }
 }
 
@@ -398,7 +421,7 @@ fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
     if is_alive {
         named_again(shared, &mut check);
         let standard = standard(&check.handle);
-        if direct(shared, &check, &standard) {
+        if direct(shared, &mut check, &standard) {
             return Outcome::Enough;
         }
         if !check.is_service && standard.may_be_relayed() {
@@ -407,18 +430,14 @@ fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
             };
             let evidence = shells::piped(&standard, others);
             if let Some(evidence) = evidence.or_else(|| shells::relayed(&standard, others)) {
-                report_shell(shared, &check, false, evidence);
+                report_shell(shared, &mut check, false, evidence);
                 return Outcome::Enough;
             }
         }
     }
     check.again += 1;
     // Only now: a shell on a connection is not also reported as a script from a pipe.
-    if let Some((script, writer)) = check.pipe.take() {
-        let process = Arc::new(check.process.clone());
-        let fact = Fact::File(FileFact::Interpreted { script, process, writer });
-        shared.observe(&check.watched, check.at, Source::Trace, fact);
-    }
+    report_pending(shared, &mut check);
     if is_alive { Outcome::ForNow(Box::new(check)) } else { Outcome::Enough }
 }
 
@@ -448,14 +467,18 @@ fn standard(handle: &Handle) -> Standard {
 }
 
 /// Reports a shell on a connection. True if the process is one.
-fn direct(shared: &Files, check: &Check, standard: &Standard) -> bool {
+fn direct(shared: &Files, check: &mut Check, standard: &Standard) -> bool {
     let Some(inode) = standard.socket().filter(|_| !check.is_service) else { return false };
     let Some(connection) = check.handle.connections().remove(&inode) else { return false };
     report_shell(shared, check, true, shells::direct(&connection.remote));
     true
 }
 
-fn report_shell(shared: &Files, check: &Check, direct: bool, evidence: String) {
+/// Reports a shell. Text from a pipe is what comes in by the connection, and no finding of its
+/// own; a script that the shell runs from a file is one.
+fn report_shell(shared: &Files, check: &mut Check, direct: bool, evidence: String) {
+    check.pending.take_if(|pending| matches!(pending.script, Script::Pipe { .. }));
+    report_pending(shared, check);
     let root = check.process.identity;
     let process = Arc::new(check.process.clone());
     let fact = Fact::Session(SessionFact::ReverseShell { process, direct, evidence });
@@ -470,25 +493,43 @@ fn report_shell(shared: &Files, check: &Check, direct: bool, evidence: String) {
     }
 }
 
+impl Pending {
+    fn piped(script: Script) -> Pending {
+        Pending { script, written: Written::default() }
+    }
+}
+
+/// Reports the script that has waited for a later check.
+fn report_pending(shared: &Files, check: &mut Check) {
+    let Some(Pending { script, written }) = check.pending.take() else { return };
+    let later = |path| writer(shared, check, path, written.stat.as_ref());
+    let writer = match &script {
+        Script::File { path, .. } => written.writer.or_else(|| later(path)),
+        Script::Pipe { .. } => None,
+    };
+    let process = Arc::new(check.process.clone());
+    let fact = Fact::File(FileFact::Interpreted { script, process, writer });
+    shared.observe(&check.watched, check.at, Source::Trace, fact);
+}
+
 /// The writer of a script, if that is known.
 fn writer(
     shared: &Files,
     check: &Check,
-    code: &Code,
+    path: &RootfsPath,
     stat: Option<&file::Stat>,
 ) -> Option<Arc<Process>> {
-    let is_own = code.filesystem == Filesystem::Overlay && code.file_of.is_none();
-    let stat = stat.filter(|_| is_own)?;
+    let stat = stat?;
     // Of its content. The path may have been changed by another process, such as a chmod.
     let writer = shared.writer_of_file(&check.watched, stat);
-    writer.or_else(|| shared.writer_of(&check.watched, &code.path))
+    writer.or_else(|| shared.writer_of(&check.watched, path))
 }
 
 fn report_script(
     shared: &Files,
     check: &mut Check,
     code: Code,
-    writer: Option<Arc<Process>>,
+    written: Written,
     is_reported_when_executed: bool,
 ) {
     let Code { path, filesystem, state, lower, file_of } = code;
@@ -511,17 +552,23 @@ fn report_script(
             process,
             invoked_as: None,
             layer_file: None,
-            writer,
+            writer: written.writer,
         }),
         None => {
+            // `#!/usr/bin/env X`, or a text without `#!`: the gate reports that it was
+            // executed, and that comes first.
             let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
+            // The event of its closing may not have been read yet.
+            let may_show_its_writer = written.writer.is_none() && written.stat.is_some();
             let script = Script::File { path, filesystem, state, lower };
-            if may_be_executed && file_of.is_none() && check.pipe.is_none() {
-                // `#!/usr/bin/env X`, or a text without `#!`: the gate reports that it was
-                // executed, and that comes first.
-                check.pipe = Some((script, writer));
+            if (may_be_executed || may_show_its_writer)
+                && file_of.is_none()
+                && check.pending.is_none()
+            {
+                check.pending = Some(Pending { script, written });
                 return;
             }
+            let writer = written.writer;
             Fact::File(FileFact::Interpreted { script, process, writer })
         }
     };

@@ -104,6 +104,7 @@ impl Feed {
             return;
         }
         self.shared.health.data_writes.fetch_add(1, Ordering::Relaxed);
+        self.shared.writer_to_data(&watched, pid, &stat);
         // It may be a program of the image that was overwritten with data.
         if self.is_in_image(&watched, &path) {
             self.shared.mark_dirty(&watched, path, Source::Change, None);

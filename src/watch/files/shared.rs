@@ -121,6 +121,11 @@ impl Files {
         writer
     }
 
+    /// A process wrote data a moment ago.
+    pub(crate) fn writer_to_data(&self, watched: &Watched, pid: u32, stat: &file::Stat) {
+        self.writers().remember_data(watched.device, stat, pid);
+    }
+
     /// The writer's process, if it was examined or descended from a package manager.
     pub(crate) fn process_of(&self, watched: &Watched, writer: Writer) -> Option<Arc<Process>> {
         let Writer { named, process } = writer;

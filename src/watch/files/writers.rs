@@ -47,8 +47,35 @@ impl Written {
 pub(crate) struct Writers {
     /// A process that unpacks an archive writes thousands of files and is described once.
     processes: HashMap<u32, (ArgumentArea, Arc<Process>)>,
+    /// Of programs and of files that other programs obey.
+    sensitive: Generations,
+    /// Of all other files, which may be many: an interpreter may be given one of them.
+    data: Generations,
+}
+
+/// The youngest files.
+#[derive(Debug, Default)]
+struct Generations {
     young: HashMap<Written, Writer>,
     old: HashMap<Written, Writer>,
+}
+
+impl Generations {
+    fn insert(&mut self, written: Written, writer: Writer) {
+        if self.young.len() >= GENERATION {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(written, writer);
+    }
+
+    fn get(&self, written: &Written) -> Option<&Writer> {
+        self.young.get(written).or_else(|| self.old.get(written))
+    }
+
+    fn remove(&mut self, written: &Written) {
+        self.young.remove(written);
+        self.old.remove(written);
+    }
 }
 
 impl Writers {
@@ -75,17 +102,23 @@ impl Writers {
 
     /// Remembers the last writer of a file, even if its process is not known.
     pub(crate) fn remember(&mut self, overlay: u64, stat: &file::Stat, writer: Writer) {
-        let Some(written) = Written::new(overlay, stat) else { return };
-        if self.young.len() >= GENERATION {
-            self.old = std::mem::take(&mut self.young);
+        if let Some(written) = Written::new(overlay, stat) {
+            self.sensitive.insert(written, writer);
         }
-        self.young.insert(written, writer);
+    }
+
+    /// Remembers the last writer of data by its pid alone: it is identified if it is asked for.
+    pub(crate) fn remember_data(&mut self, overlay: u64, stat: &file::Stat, pid: u32) {
+        if let Some(written) = Written::new(overlay, stat) {
+            self.sensitive.remove(&written);
+            self.data.insert(written, Writer { named: Named::now(pid), process: None });
+        }
     }
 
     /// The last writer of a file of an upper layer that was examined there.
     pub(crate) fn of(&self, overlay: u64, stat: &file::Stat) -> Option<Writer> {
         let written = Written::new(overlay, stat)?;
-        self.young.get(&written).or_else(|| self.old.get(&written)).cloned()
+        self.sensitive.get(&written).or_else(|| self.data.get(&written)).cloned()
     }
 }
 
@@ -132,6 +165,20 @@ mod tests {
             writers.remember(1, &stat, written_by(7));
             assert_eq!(pid(writers.of(1, &stat)), Some(7));
         }
-        assert!(writers.young.len() + writers.old.len() <= 2 * GENERATION);
+        let Generations { young, old } = &writers.sensitive;
+        assert!(young.len() + old.len() <= 2 * GENERATION);
+    }
+
+    #[test]
+    fn w12_the_last_writer_counts_whether_it_wrote_a_program_or_data() {
+        let scratch = tempfile::NamedTempFile::new().unwrap();
+        let stat = file::stat_path(scratch.path()).unwrap();
+        let mut writers = Writers::default();
+        writers.remember_data(1, &stat, 7);
+        assert_eq!(pid(writers.of(1, &stat)), Some(7));
+        writers.remember(1, &stat, written_by(8));
+        assert_eq!(pid(writers.of(1, &stat)), Some(8));
+        writers.remember_data(1, &stat, 9);
+        assert_eq!(pid(writers.of(1, &stat)), Some(9));
     }
 }
