@@ -12,6 +12,7 @@ SOAK_SECONDS ?= 3600
 bindir     = $(PREFIX)/bin
 mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
+profiledir = $(PREFIX)/share/driftd/baselines
 unitdir    = $(PREFIX)/lib/systemd/system
 # driftd looks for its settings here, whatever the prefix is.
 confdir    = /etc/driftd
@@ -194,12 +195,15 @@ install-files:
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
 	sed -e 's|/usr/bin/driftd|$(bindir)/driftd|' -e 's|/usr/share/doc/driftd|$(docdir)|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
 	chmod 0644 $(DESTDIR)$(unitdir)/driftd.service
+	install -d $(DESTDIR)$(profiledir)
+	install -m 0644 baselines/*.toml $(DESTDIR)$(profiledir)/
 	@# Settings that were edited stay.
-	@if [ -e $(DESTDIR)$(confdir)/driftd.toml ] && ! cmp -s systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; then \
-		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml.new; \
+	@sed -e 's|/usr/share/driftd/baselines|$(profiledir)|' systemd/driftd.toml > $(DESTDIR)$(confdir)/driftd.toml.new
+	@chmod 0644 $(DESTDIR)$(confdir)/driftd.toml.new
+	@if [ -e $(DESTDIR)$(confdir)/driftd.toml ] && ! cmp -s $(DESTDIR)$(confdir)/driftd.toml.new $(DESTDIR)$(confdir)/driftd.toml; then \
 		echo "kept $(DESTDIR)$(confdir)/driftd.toml; the shipped settings are beside it, as driftd.toml.new"; \
 	else \
-		install -m 0644 systemd/driftd.toml $(DESTDIR)$(confdir)/driftd.toml; \
+		mv $(DESTDIR)$(confdir)/driftd.toml.new $(DESTDIR)$(confdir)/driftd.toml; \
 	fi
 	$(PROGRAM) man --directory $(DESTDIR)$(mandir)
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
@@ -221,7 +225,7 @@ uninstall: ## stops and disables driftd, removes what install has installed, kee
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
-	$(INSTALLER) rm -rf $(DESTDIR)$(docdir)
+	$(INSTALLER) rm -rf $(DESTDIR)$(docdir) $(DESTDIR)$(PREFIX)/share/driftd
 	@if $(SYSTEMD); then $(INSTALLER) systemctl daemon-reload; fi
 	@echo "kept: $(DESTDIR)$(confdir) and $(DESTDIR)/var/lib/driftd"
 

@@ -139,8 +139,11 @@ impl State {
             let removed = evidence.path.zip(judgement.expected.as_ref());
             finding.file = removed.map(|(path, known)| removed_evidence(path, known));
         }
-        let processes = finding.process.iter().chain(&finding.writer);
-        finding.from_image = State::from_image(entry, processes);
+        // What could change may have another writer than the one that is known.
+        if !evidence.could_change() {
+            let processes = finding.process.iter().chain(&finding.writer);
+            finding.from_image = State::from_image(entry, processes);
+        }
         finding.session = self.session_of(observation, evidence.process);
         link_to_writer(&mut finding, entry, observation, evidence);
         finding

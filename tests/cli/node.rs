@@ -272,7 +272,7 @@ fn view() -> ContainerView {
 
 /// The rules of the script.
 fn rules() -> Policy {
-    let file = PolicyFile { name: "10-app.toml".to_owned(), text: RULES.to_owned() };
+    let file = PolicyFile { name: "10-app.toml".to_owned(), text: RULES.to_owned(), profile: None };
     let loaded = policy::parse(Path::new("/etc/driftd/policy.d"), vec![file]).unwrap();
     Policy::of(&Config::default(), Some(&loaded))
 }

@@ -178,6 +178,86 @@ fn other_rules_are_tried_on_what_the_history_holds() {
 }
 
 #[test]
+fn profiles_are_listed_checked_and_tried_before_they_are_switched_on() {
+    let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/baselines");
+    let listed = program::run(&["policy", "profiles", shipped, "-o", "jsonl"]);
+    assert_eq!(listed.code, 0, "{listed:?}");
+    let listed: Vec<serde_json::Value> =
+        listed.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<_> = listed.iter().filter_map(|one| one["name"].as_str()).collect();
+    let readme = fs::read_to_string(format!("{shipped}/README.md")).unwrap();
+    for (name, profile) in names.iter().zip(&listed) {
+        assert!(profile["fault"].is_null() && profile["about"].is_string(), "{profile:#}");
+        assert!(!profile["rules"].as_array().unwrap().is_empty(), "{profile:#}");
+        assert!(readme.contains(&format!("`{name}`")), "{name} is not in the README");
+    }
+    assert_eq!((names.first(), names.len()), (Some(&"apk"), 11));
+
+    let directory = tempfile::tempdir().unwrap();
+    let rules = directory.path().to_str().unwrap();
+    let with = |command: &str, profile: &str| {
+        let options = ["--profile", profile, "--profile-dir", shipped];
+        [&["policy", command, rules], &options[..]]
+            .concat()
+            .iter()
+            .map(|one| (*one).to_owned())
+            .collect::<Vec<String>>()
+    };
+    let run = |arguments: Vec<String>| {
+        program::run(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    assert_eq!(run(with("check", "pip")).out, format!("{rules}: 2 rules in 1 files\n"));
+    let unknown = run(with("check", "yarn"));
+    assert_eq!(unknown.code, 64);
+    assert!(unknown.err.contains("there is no profile `yarn`: apk, apt,"), "{unknown:?}");
+
+    // The rules in force, and this profile: nothing on the node changes.
+    let node = Node::start();
+    let mut library = finding(1, 60);
+    (library.kind, library.session, library.container) =
+        (Kind::ExecRelocated, None, sample().container);
+    library.severity = driftd::model::Severity::Medium;
+    library.file.as_mut().unwrap().path = RootfsPath::new("/usr/sbin/uptime").unwrap();
+    node.store_findings(std::slice::from_ref(&library));
+    let tried = ["policy", "test", "--profile", "busybox-install", "--profile-dir", shipped];
+    let tried = node.run(&[&tried[..], &["-o", "json"]].concat());
+    let tried: serde_json::Value = serde_json::from_str(&tried.out).unwrap();
+    assert_eq!(tried["changed"][0]["tested"]["rule"], "busybox-install.applets", "{tried:#}");
+    assert_eq!((&tried["in_force"]["rules"], &tried["tested"]["rules"]), (&2.into(), &3.into()));
+}
+
+#[test]
+fn exceptions_are_suggested_for_what_is_selected_and_tried_on_everything_else() {
+    let node = Node::start();
+    let (mut expected, mut same, mut by_hand) = (finding(1, 60), finding(2, 30), finding(3, 10));
+    for (number, one) in [&mut expected, &mut same, &mut by_hand].into_iter().enumerate() {
+        (one.kind, one.session) = (Kind::ExecNew, None);
+        one.file.as_mut().unwrap().path =
+            RootfsPath::new(format!("/opt/\u{1b}[2J{number}")).unwrap();
+    }
+    by_hand.session = sample().session;
+    by_hand.session.get_or_insert("00112233445566778899aabbccddeeff".parse().unwrap());
+    node.store_findings(&[expected.clone(), same.clone(), by_hand.clone()]);
+    let (id, by_hand) = (expected.id.to_string(), by_hand.id.to_string());
+    let suggested = node.run(&["policy", "suggest", &id, &by_hand]);
+    assert_eq!((suggested.code, suggested.err.as_str()), (0, ""), "{suggested:?}");
+    assert_clean(&suggested.out);
+    let text = &suggested.out;
+    assert!(text.starts_with("# 1 of 2 findings would be accepted by 1 exceptions."), "{text}");
+    assert!(text.contains("it happened in a session"), "{text}");
+    // It has the same content.
+    assert!(text.contains("# ALSO ACCEPTED, though not selected: "), "{text}");
+    let directory = tempfile::tempdir().unwrap();
+    let check = |text: &str| {
+        fs::write(directory.path().join("a.toml"), text).unwrap();
+        program::run(&["policy", "check", directory.path().to_str().unwrap()])
+    };
+    assert_eq!(check(text).code, 64, "a reason is to be filled in");
+    assert_eq!(check(&text.replace("reason = \"\"", "reason = \"r\"")).code, 0);
+    assert_eq!(node.run(&["policy", "suggest", "ffff"]).code, 2);
+}
+
+#[test]
 fn the_schema_is_one_document() {
     let schema = program::run(&["policy", "schema"]);
     let schema: serde_json::Value = serde_json::from_str(&schema.out).unwrap();

@@ -14,6 +14,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test_alone("an_exception_is_in_force_at_once_and_hides_nothing_beside_it", "", exceptions),
         test_alone("a_set_with_a_fault_is_refused_as_a_whole", "", faults),
+        test_alone("suggested_exceptions_silence_a_runner_and_no_attack_in_it", "", suggested),
         test_alone(
             "a_rule_kills_only_if_answers_are_switched_on",
             "[policy]\ndir = \"{node}/policy.d\"\nenforce = \"on\"",
@@ -206,6 +207,72 @@ fn faults(node: &Node) -> anyhow::Result<()> {
     container.wait_until_watched()?;
     container.sh("/opt/plugins/x")?;
     wait_for("the finding", || Ok((!container.findings()?.is_empty()).then_some(())))
+}
+
+/// A CI runner: each step is a script of its own.
+const STEPS: &str = "mkdir -p /home/runner/_work/_temp
+for number in $(seq FROM TO); do
+    step=/home/runner/_work/_temp/$number.sh
+    echo \"sleep 0.1; echo $number\" >$step
+    sh -e $step
+    rm $step
+done";
+
+fn suggested(node: &Node) -> anyhow::Result<()> {
+    let steps = |from: &str, to: &str| STEPS.replace("FROM", from).replace("TO", to);
+    let runner = node.container()?;
+    runner.sh(&steps("1", "24"))?;
+    wait_for("the steps", || {
+        let findings = runner.findings()?;
+        Ok((findings.iter().any(|one| one["files"].as_u64() >= Some(24))).then_some(()))
+    })
+    .with_context(|| format!("{:#?}", runner.findings()))?;
+    // A person in the container is no part of what is expected.
+    runner.lay_payload("tool")?;
+    runner.sh("cp /.control/tool /tmp/tool")?;
+    sessions::run(&runner, &["--exec-id", "by-hand"], &["/tmp/tool"])?;
+    wait_for("what the person ran", || {
+        let findings = runner.findings()?;
+        let by_hand = |one: &Value| one["kind"] == "exec.new" && !one["session"].is_null();
+        Ok(findings.iter().any(by_hand).then_some(()))
+    })?;
+
+    let output = node.driftd(&["policy", "suggest", "--container", &runner.id])?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(text.contains("it happened in a session") && !text.contains("ALSO"), "{text}");
+    let scripts = text.contains("\"/home/runner/_work/_temp/*.sh\"");
+    ensure!(scripts && text.contains("from_image = true"), "{text}");
+    // Without a reason, it is no policy file.
+    write(node, "10-runner.toml", &text)?;
+    wait_for_policy(node, "the refusal", |policy| {
+        policy["refused"].as_str().is_some_and(|why| why.contains("`reason` is empty"))
+    })?;
+    let text = text.replace("reason = \"\"", "reason = \"the runner's steps\"");
+    write(node, "10-runner.toml", &text)?;
+    wait_for_policy(node, "the rules", |policy| {
+        policy["refused"].is_null() && policy["rules"].as_u64() >= Some(1)
+    })?;
+
+    let other = node.container()?;
+    other.sh(&steps("31", "54"))?;
+    wait_for("the accepted steps", || {
+        let all = accepted(&other)?;
+        Ok(all.iter().any(|one| one["count"].as_u64() >= Some(24)).then_some(()))
+    })
+    .with_context(|| format!("{:#?}\n{text}", other.findings()))?;
+    let reported = other.findings()?;
+    ensure!(reported.is_empty(), "{reported:#?}");
+    other.lay_payload("evil")?;
+    other
+        .sh("cp /.control/evil /home/runner/_work/_temp/999.sh; /home/runner/_work/_temp/999.sh
+         echo 'sleep 0.1' >/tmp/evil.sh; sh /tmp/evil.sh")?;
+    other
+        .expect_findings(&[
+            "critical exec.new /home/runner/_work/_temp/999.sh",
+            "medium exec.interpreted /tmp/evil.sh",
+        ])
+        .map(drop)
 }
 
 const EVIL: &str = r#"

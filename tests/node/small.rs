@@ -26,6 +26,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             "",
             forked,
         ),
+        test("w12_a_program_that_is_overwritten_and_run_at_once_has_no_former_writer", overwritten),
         test("w18_a_kernel_module_is_reported_and_an_object_file_is_not", modules),
         test("r13_drivers_that_the_runtime_binds_are_a_few_findings", drivers),
     ]
@@ -162,6 +163,39 @@ fn complete(node: &Node) -> anyhow::Result<()> {
         .map(|one| one["files"].as_u64().unwrap_or(1))
         .sum();
     ensure!(loaded == 3, "{loaded} libraries of {lines:#?}");
+    Ok(())
+}
+
+/// Each program is written by `cp`, overwritten in place by `cat`, and run within the
+/// millisecond. The event of the second writer may not have been read by then.
+fn overwritten(node: &Node) -> anyhow::Result<()> {
+    const TIMES: usize = 40;
+    let container = node.container()?;
+    container.lay_payload("first")?;
+    for number in 0..TIMES {
+        container.lay_payload(&format!("second{number}"))?;
+    }
+    container.sh(&format!(
+        "for number in $(seq 0 {}); do
+             cp /.control/first /opt/program$number
+             cat /.control/second$number >/opt/program$number
+             /opt/program$number
+         done",
+        TIMES - 1
+    ))?;
+    let executed = wait_for("the executions", || {
+        let mut findings = container.findings()?;
+        findings.retain(|one| one["kind"] == "exec.new");
+        Ok((findings.len() == TIMES).then_some(findings))
+    })?;
+    let writers: Vec<Option<&str>> =
+        executed.iter().map(|one| one["writer"]["exe"].as_str()).collect();
+    let is_former = |writer: &&Option<&str>| writer.is_some_and(|exe| exe.ends_with("/cp"));
+    let former = writers.iter().filter(is_former).count();
+    let known = writers.iter().flatten().count();
+    eprintln!("of {TIMES} writers, {known} are known");
+    ensure!(former == 0, "{former} of {TIMES} have the former writer: {writers:?}");
+    ensure!(known > TIMES / 2, "only {known} of {TIMES} writers are known: {writers:?}");
     Ok(())
 }
 

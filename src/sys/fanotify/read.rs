@@ -136,6 +136,13 @@ impl Group {
         Ok(incoming)
     }
 
+    /// How many events wait to be read, in a group that reports descriptors.
+    pub fn queued(&self) -> io::Result<u64> {
+        // The kernel adds up the sizes of the events as a read would return them.
+        let bytes = rustix::io::ioctl_fionread(&self.fanotify)?;
+        Ok(bytes / size_of::<libc::fanotify_event_metadata>() as u64)
+    }
+
     fn respond(&self, file: BorrowedFd<'_>, answer: Answer) -> io::Result<()> {
         let response = match answer {
             Answer::Allow => libc::FAN_ALLOW,

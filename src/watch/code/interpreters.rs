@@ -519,10 +519,7 @@ fn writer(
     path: &RootfsPath,
     stat: Option<&file::Stat>,
 ) -> Option<Arc<Process>> {
-    let stat = stat?;
-    // Of its content. The path may have been changed by another process, such as a chmod.
-    let writer = shared.writer_of_file(&check.watched, stat);
-    writer.or_else(|| shared.writer_of(&check.watched, path))
+    shared.writer_of_used(&check.watched, path, stat?, Duration::ZERO)
 }
 
 fn report_script(

@@ -504,9 +504,7 @@ impl Examined {
         if self.code.filesystem != Filesystem::Overlay {
             return None;
         }
-        shared
-            .writer_of(watched, &self.code.path)
-            .or_else(|| shared.writer_of_file(watched, self.stat.as_ref()?))
+        shared.writer_of_used(watched, &self.code.path, self.stat.as_ref()?, Duration::ZERO)
     }
 }
 

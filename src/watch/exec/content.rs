@@ -39,6 +39,9 @@ const MOMENT: u64 = 25;
 /// How often the executions without a record are checked.
 const CHECK_UNPROVEN: Duration = Duration::from_millis(250);
 
+/// How long an execution waits for the change feed, which knows the writer of its file.
+const FEED: Duration = Duration::from_millis(100);
+
 /// Describes processes. It has a thread of its own, because a process may end while the file
 /// of an earlier one is hashed.
 pub(crate) fn describe(shared: &Exec, executions: &Receiver<Taken>, described: &Sender<Described>) {
@@ -335,7 +338,10 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
         watched.layer_files_mut().note_reported(layer_file, state.clone(), at);
     }
     let writer = match filesystem {
-        Filesystem::Overlay if layer_file.is_none() => shared.writer_of_file(&watched, &stat),
+        Filesystem::Overlay if layer_file.is_none() => {
+            let patience = if is_busy { Duration::ZERO } else { FEED };
+            shared.writer_of_used(&watched, &path, &stat, patience)
+        }
         _ => None,
     };
     let fact = Fact::File(FileFact::Executed {

@@ -44,9 +44,17 @@ impl Feed {
         let group = self.group.clone();
         let mut buffer = Buffer::new();
         while !self.shared.is_stopping() {
+            self.shared.progress.rests();
             self.shared.wait_for(&*group, None);
+            self.shared.progress.begins(&group);
             match group.read(&mut buffer, READ_BYTES) {
-                Ok(incoming) => incoming.into_iter().for_each(|incoming| self.take(incoming)),
+                Ok(incoming) => {
+                    self.shared.progress.has_read(incoming.len());
+                    for incoming in incoming {
+                        self.take(incoming);
+                        self.shared.progress.has_done_one();
+                    }
+                }
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
                     Some(Errno::AGAIN | Errno::INTR) => (),
                     _ => {

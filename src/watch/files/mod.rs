@@ -15,6 +15,7 @@ pub(crate) mod lower;
 pub(crate) mod names;
 pub(crate) mod packages;
 pub(crate) mod paths;
+pub(crate) mod progress;
 pub(crate) mod scan;
 pub(crate) mod settle;
 pub(crate) mod shared;

@@ -8,7 +8,7 @@
 use std::ops::Deref;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::closings::Closings;
 use super::dirty::DirtyPaths;
@@ -17,6 +17,7 @@ use super::inputs::Inputs;
 use super::lower::LowerTwins;
 use super::names::Names;
 use super::packages::Packages;
+use super::progress::Progress;
 use super::writers::{Writer, Writers};
 use crate::health::Backlog;
 use crate::model::{Process, RootfsPath, Source};
@@ -38,6 +39,7 @@ pub(crate) struct Files {
     pub(crate) closings: Closings,
     pub(crate) inputs: Inputs,
     pub(crate) dirty: DirtyPaths,
+    pub(crate) progress: Progress,
     packages: Mutex<Packages>,
     writers: Mutex<Writers>,
 }
@@ -62,6 +64,7 @@ impl Files {
             closings: Closings::new(),
             names,
             dirty: DirtyPaths::new(settle),
+            progress: Progress::default(),
             packages: Mutex::default(),
             writers: Mutex::default(),
         }
@@ -158,6 +161,22 @@ impl Files {
     pub(crate) fn writer_of(&self, watched: &Watched, path: &RootfsPath) -> Option<Arc<Process>> {
         let writer = self.dirty.writer_of(watched, path)?;
         self.process_of(watched, writer)
+    }
+
+    /// The last writer of a file that is used now; `None` if it cannot be known, because the
+    /// change feed has not read everything that was written.
+    pub(crate) fn writer_of_used(
+        &self,
+        watched: &Watched,
+        path: &RootfsPath,
+        stat: &file::Stat,
+        patience: Duration,
+    ) -> Option<Arc<Process>> {
+        if !self.progress.has_caught_up(patience) {
+            return None;
+        }
+        // Of its content. The path may have been changed by another process, such as a chmod.
+        self.writer_of_file(watched, stat).or_else(|| self.writer_of(watched, path))
     }
 
     /// The last writer of a file, whatever its name is now.
