@@ -48,8 +48,8 @@ fn rules(number: usize) -> Loaded {
              kind = [\"exec.*\"]\nimage = [\"{image}\"]\npath = [\"{path}\"]\nuser = [{at}]\n"
         )
     };
-    let text = (0..number).map(rule).collect();
-    let file = PolicyFile { name: "bench.toml".to_owned(), text };
+    let text: String = (0..number).map(rule).collect();
+    let file = PolicyFile::new("bench.toml", text);
     policy::parse(Path::new("/"), vec![file]).expect("the rules are right")
 }
 

@@ -203,6 +203,8 @@ pub struct PolicyFiles {
     /// The names of the profiles that are switched on: reviewed exceptions, which come after
     /// the policy files.
     pub profiles: Vec<String>,
+    /// The names of the profiles that a container may switch on for itself, by a label.
+    pub container_profiles: Vec<String>,
     /// The directory of the profiles.
     pub profile_dir: PathBuf,
     /// minisign's public key. If it is given, the policy files need a signature by it.
@@ -236,6 +238,7 @@ impl Default for PolicyFiles {
             dir: "/etc/driftd/policy.d".into(),
             enforce: Enforce::DryRun,
             profiles: Vec::new(),
+            container_profiles: Vec::new(),
             profile_dir: "/usr/share/driftd/baselines".into(),
             public_key: String::new(),
         }
@@ -498,9 +501,10 @@ impl Config {
 }
 
 /// Settings that take effect while driftd runs. All others are read at its start.
-const LIVE: [&str; 9] = [
+const LIVE: [&str; 10] = [
     "history.max_bytes",
     "history.retention",
+    "policy.container_profiles",
     "policy.dir",
     "policy.enforce",
     "policy.profile_dir",
@@ -760,7 +764,7 @@ mod tests {
         let new = Config::parse(
             "socket = \"/run/other.sock\"\n[watch]\nsettle = \"2s\"\nprobe_patience = \"5s\"\n\
              [history]\nmax_bytes = 2000000\nretention = \"1d\"\n\
-             [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\nprofiles = [\"apt\"]\n\
+             [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\nprofiles = [\"apt\"]\ncontainer_profiles = [\"pip\"]\n\
              profile_dir = \"/etc/baselines\"\npublic_key = \"RW\"\n\
              [respond]\nkill_on = [\"exec.new\"]",
         )

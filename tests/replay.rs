@@ -68,7 +68,7 @@ fn a_wrong_line_is_named_with_what_is_wrong() {
         ("exec c", "line 4: a path is missing"),
         ("exec c /x evil more", "line 4: `more` is too much"),
         ("exec c /x evil colour=red", "line 4: `exec` has no option `colour`"),
-        ("exec c /x evil -- a", "line 4: `exec` takes no arguments behind `--`"),
+        ("delete c /x -- a", "line 4: `delete` takes no arguments behind `--`"),
         ("exec c /x evil times=1 times=2", "line 4: `times` stands there twice"),
         ("exec c /x evil times=no", "line 4: times=no cannot be read"),
         ("exec c /x evil on=moon", "line 4: `moon` is none of overlay, tmpfs, volume, "),

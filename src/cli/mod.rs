@@ -30,6 +30,7 @@ mod output;
 mod pages;
 mod policy;
 mod probes;
+mod profiles;
 mod rehearse;
 mod replay;
 mod respond;

@@ -4,15 +4,15 @@
 //! The rules belong to the room `policy`. `check` and `schema` need no daemon.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Context as _;
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::client::{Client, Server, call, explain, talk};
 use super::exit::Exit;
 use super::output::{Field, Listed, Listing, Output, Style, age, list, one, safe, time, write};
+use super::profiles::{ListProfiles, Profiles};
 use super::rehearse;
 use super::suggest;
 use crate::api::{convert, proto};
@@ -49,27 +49,6 @@ pub(super) struct Check {
     config: Option<PathBuf>,
     #[command(flatten)]
     profiles: Profiles,
-}
-
-#[derive(Debug, clap::Args)]
-pub(super) struct Profiles {
-    /// A profile that is switched on too (may be given more than once)
-    #[arg(long = "profile", value_name = "NAME")]
-    pub(super) names: Vec<String>,
-    /// The directory of the profiles
-    #[arg(long, value_name = "DIRECTORY", default_value_os_t = PolicyFiles::default().profile_dir)]
-    pub(super) profile_dir: PathBuf,
-}
-
-#[derive(Debug, clap::Args)]
-pub(super) struct ListProfiles {
-    /// The directory of the profiles [default: the one in the settings]
-    directory: Option<PathBuf>,
-    /// The settings that name the directory
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    #[command(flatten)]
-    listing: Listing,
 }
 
 #[derive(Debug, clap::Args)]
@@ -167,99 +146,6 @@ impl Check {
     }
 }
 
-impl Profiles {
-    /// The same files with these profiles.
-    pub(super) fn with(self, files: PolicyFiles) -> PolicyFiles {
-        match self.names.is_empty() {
-            true => files,
-            false => PolicyFiles { profiles: self.names, profile_dir: self.profile_dir, ..files },
-        }
-    }
-}
-
-/// One profile.
-#[derive(Debug, Serialize)]
-struct ProfileJson {
-    schema: &'static str,
-    name: String,
-    about: Option<String>,
-    rules: Vec<ProfileRuleJson>,
-    /// Whether the settings switch it on.
-    on: bool,
-    /// Why it cannot be used; null if it can.
-    fault: Option<String>,
-}
-
-#[derive(Debug, Serialize)]
-struct ProfileRuleJson {
-    id: String,
-    reason: String,
-}
-
-impl ListProfiles {
-    fn run(self) -> anyhow::Result<Exit> {
-        let settings = Config::load(self.config.as_deref())?.policy;
-        let directory = self.directory.unwrap_or(settings.profile_dir);
-        let names = policy::profile_names(&directory)
-            .with_context(|| format!("cannot read {}", safe(&directory.to_string_lossy())))?;
-        let profiles: Vec<ProfileJson> = names
-            .into_iter()
-            .map(|name| {
-                let on = settings.profiles.contains(&name);
-                ProfileJson::of(&directory, name, on)
-            })
-            .collect();
-        list(&profiles, &self.listing)?;
-        self.listing.note_if_empty(profiles.len(), "there is no profile");
-        Ok(Exit::Clean)
-    }
-}
-
-impl ProfileJson {
-    fn of(directory: &Path, name: String, on: bool) -> ProfileJson {
-        let names = [name.clone()];
-        let read = policy::read_profiles(directory, &names)
-            .and_then(|files| policy::parse(directory, files));
-        let (about, rules, fault) = match read {
-            Ok(loaded) => {
-                let rules = loaded.rules.rules().iter().map(|rule| ProfileRuleJson {
-                    id: rule.id.to_string(),
-                    reason: rule.reason.clone(),
-                });
-                (loaded.about.first().cloned(), rules.collect(), None)
-            }
-            Err(refused) => (None, Vec::new(), Some(refused.to_string())),
-        };
-        ProfileJson { schema: "driftd.profile/v1", name, about, rules, on, fault }
-    }
-}
-
-impl Listed for ProfileJson {
-    type Json<'a> = &'a ProfileJson;
-
-    fn json(&self) -> &ProfileJson {
-        self
-    }
-
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn header(_: bool) -> Vec<&'static str> {
-        vec!["PROFILE", "RULES", "ON", "ABOUT"]
-    }
-
-    fn row(&self, _: &Style) -> Vec<Field> {
-        let about = self.fault.as_deref().or(self.about.as_deref()).unwrap_or_default();
-        vec![
-            safe(&self.name).into(),
-            self.rules.len().to_string().into(),
-            if self.on { "yes" } else { "no" }.to_owned().into(),
-            safe(about).into(),
-        ]
-    }
-}
-
 /// The rules in force, for `status` and `reload`.
 #[derive(Debug, Serialize)]
 pub(super) struct PolicyJson {
@@ -277,6 +163,8 @@ pub(super) struct PolicyJson {
     pub(super) profiles: Vec<String>,
     /// The trusted comment of the files' signature; null if no signature is needed.
     pub(super) signed: Option<String>,
+    /// The profiles that a container may switch on for itself.
+    pub(super) container_profiles: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -297,13 +185,25 @@ pub(super) fn policy_json(status: proto::PolicyStatus) -> anyhow::Result<PolicyJ
         ends,
         profiles,
         signed,
+        container_profiles,
     } = status;
     let end = |proto::RuleEnd { id, expires, expired }| {
         let expires = convert::time_from_proto("expires", expires)?;
         Ok(RuleEndJson { id, expires, expired })
     };
     let ends = ends.into_iter().map(end).collect::<anyhow::Result<_>>()?;
-    Ok(PolicyJson { generation, version, digest, enforce, rules, refused, ends, profiles, signed })
+    Ok(PolicyJson {
+        generation,
+        version,
+        digest,
+        enforce,
+        rules,
+        refused,
+        ends,
+        profiles,
+        signed,
+        container_profiles,
+    })
 }
 
 /// One line about the rules in force.

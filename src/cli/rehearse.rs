@@ -16,7 +16,7 @@ use super::exit::Exit;
 use super::findings::fetch;
 use super::output::{Output, one, safe, short, time};
 use super::pages::{OfContainer, fetch_all, page};
-use super::policy::Profiles;
+use super::profiles::Profiles;
 use super::when::{self, When};
 use crate::api::{convert, proto};
 use crate::config::PolicyFiles;

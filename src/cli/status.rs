@@ -450,6 +450,7 @@ mod tests {
                 ],
                 profiles: vec!["apt".into(), "pip".into()],
                 signed: Some("set 7".into()),
+                container_profiles: vec!["npm".into()],
             }),
             left_to_sweeps: 12,
             arguments_unrecorded: 3,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::client::{Client, explain};
 use super::describe::{Lines, pod, program, shell_word, subject};
 use super::output::{age, safe, short, time};
-use super::pages::{fetch_pages, page};
+use super::pages::{fetch_all, page};
 use super::sessions::{entry, result};
 use super::timeline;
 use crate::api::{convert, proto};
@@ -36,7 +36,6 @@ impl Story {
         let session = convert::session_from_proto(session)?;
         let findings = reply.findings.into_iter().map(convert::finding_from_proto);
         let findings = findings.collect::<Result<_, _>>()?;
-        let mut commands: Vec<Command> = Vec::new();
         let fetch = async |page_size, page_token| {
             let request = proto::ListCommandsRequest {
                 session: session.id.to_string(),
@@ -46,11 +45,7 @@ impl Story {
             let found = client.list_commands(request).await.map_err(explain)?.into_inner();
             page(found.commands, found.next_page_token, convert::command_from_proto)
         };
-        let keep = |page: Vec<Command>| {
-            commands.extend(page);
-            Ok(())
-        };
-        fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
+        let commands: Vec<Command> = fetch_all(fetch).await?;
         Ok(Story { schema: "driftd.session_story/v1", session, commands, findings })
     }
 

@@ -139,7 +139,7 @@ fn tried(rules: &[Proposed]) -> anyhow::Result<Policy> {
         "a trial".clone_into(&mut proposed.rule.reason);
         text += &proposed.to_toml()?;
     }
-    let file = PolicyFile { name: "suggested.toml".to_owned(), text, profile: None };
+    let file = PolicyFile::new("suggested.toml", text);
     Ok(Policy::rehearsed(&policy::parse(Path::new(""), vec![file])?))
 }
 

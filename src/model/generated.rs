@@ -9,9 +9,9 @@ use super::RootfsPath;
 /// Directories for files that are needed for a moment.
 const TEMPORARY: &[&[u8]] = &[b"/tmp/", b"/var/tmp/"];
 
-/// A path with a `*` for each part that looks generated; `None` if no part does. Of files in
-/// a directory for temporary files, only the directory is left: one program makes up names
-/// in more than one way.
+/// A path with a `*` for each part that looks generated; `None` if no part does. A file
+/// in a directory for temporary files leaves only the directory: one program makes up names in
+/// more than one way.
 pub fn pattern(path: &RootfsPath) -> Option<Vec<u8>> {
     let pattern = by_parts(path)?;
     let directory = TEMPORARY.iter().find(|directory| pattern.starts_with(directory));

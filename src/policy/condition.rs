@@ -62,6 +62,9 @@ pub(super) enum Content {
     Sha256(Sha256Hash),
 }
 
+/// The label by which a container asks for profiles, separated by commas.
+const PROFILE_LABEL: &str = "driftd.io/profile";
+
 /// A program that a process runs.
 #[derive(Clone, Debug)]
 pub(super) struct Program {
@@ -280,6 +283,19 @@ impl Condition {
             Condition::User(_) => "user",
             Condition::Within(_) => "within",
         }
+    }
+
+    /// The container has the label that asks for a profile.
+    pub(super) fn asked_by_label(profile: &str) -> Condition {
+        let patterns = [
+            profile.to_owned(),
+            format!("{profile},*"),
+            format!("*,{profile}"),
+            format!("*,{profile},*"),
+        ];
+        // Names of profiles have no characters of patterns.
+        let value = Texts::new("profile", &patterns).unwrap_or(Texts(GlobSet::empty()));
+        Condition::Label { key: PROFILE_LABEL.to_owned(), value }
     }
 
     pub(super) fn holds(&self, subject: &Subject<'_>) -> bool {

@@ -1,97 +1,19 @@
-//! Reads the policy files. The only part of the room that touches the disk.
-//!
-//! All files together are one set: with one fault in any of them, none is taken.
+//! Reads the policy files and the profiles. The only part of the room that touches the disk.
 
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use super::rule::{Place, Rule};
-use super::set::{MAX_RULES, RuleSet};
+use super::parse::{Loaded, parse};
 use super::signature;
-use super::text::FileText;
+use super::source::{Fault, PolicyFile, Refused};
 use crate::config::PolicyFiles;
 use crate::model::printable;
 
 /// The largest policy file, and the largest set.
 pub const MAX_FILE: u64 = 8 << 20;
 const MAX_FILES: usize = 1000;
-/// Faults that are reported at once.
-const MAX_FAULTS: usize = 20;
-
-/// A set of rules as it was read.
-#[derive(Clone, Debug)]
-pub struct Loaded {
-    pub rules: RuleSet,
-    /// The name that a file gives to this state of the rules.
-    pub version: Option<String>,
-    /// The hash of all files, their names included.
-    pub digest: Option<String>,
-    pub files: Arc<[PolicyFile]>,
-    /// What the files say that they are for.
-    pub about: Vec<String>,
-    /// Whether the directory of the policy files is there.
-    pub has_directory: bool,
-    /// What the signature of the policy files says; `None` if none is needed.
-    pub signed: Option<String>,
-}
-
-impl Loaded {
-    /// The profiles that are switched on.
-    pub fn profiles(&self) -> impl Iterator<Item = &str> {
-        self.files.iter().filter_map(|file| file.profile.as_deref())
-    }
-
-    /// Whether the directory has policy files.
-    pub fn has_files(&self) -> bool {
-        self.files.iter().any(|file| file.profile.is_none())
-    }
-}
-
-/// One policy file as it was read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PolicyFile {
-    /// Without the directory. The whole path, if it is a profile.
-    pub name: String,
-    pub text: String,
-    /// The name of the profile.
-    pub profile: Option<String>,
-}
-
-/// What is wrong with a policy file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
-    pub file: PathBuf,
-    /// Line and column, both from 1.
-    pub at: Option<(usize, usize)>,
-    pub message: String,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&printable(self.file.as_os_str().as_encoded_bytes()))?;
-        if let Some((line, column)) = self.at {
-            write!(f, ":{line}:{column}")?;
-        }
-        write!(f, ": {}", printable(self.message.as_bytes()))
-    }
-}
-
-/// Why a set of rules is refused: all faults that were found, one at least.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}", lines(.0))]
-pub struct Refused(pub Vec<Fault>);
-
-fn lines(faults: &[Fault]) -> String {
-    let mut lines: Vec<String> = faults.iter().take(MAX_FAULTS).map(Fault::to_string).collect();
-    if faults.len() > MAX_FAULTS {
-        lines.push(format!("and {} more faults", faults.len() - MAX_FAULTS));
-    }
-    lines.join("\n")
-}
 
 /// Which users may have written the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +39,12 @@ pub fn read(from: &PolicyFiles, owners: Owners) -> Result<Loaded, Refused> {
     }
     for profile in &from.profiles {
         files.extend(reading.profile(&from.profile_dir, profile));
+    }
+    // What holds for all containers need not be asked for.
+    let asked = from.container_profiles.iter().filter(|one| !from.profiles.contains(one));
+    for profile in asked {
+        let file = reading.profile(&from.profile_dir, profile);
+        files.extend(file.map(|file| PolicyFile { by_label: true, ..file }));
     }
     if !reading.faults.is_empty() {
         return Err(Refused(reading.faults));
@@ -190,7 +118,7 @@ impl Reading {
             match self.text(&path) {
                 Ok(text) => {
                     let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-                    files.push(PolicyFile { name: printable(name), text, profile: None });
+                    files.push(PolicyFile::new(printable(name), text));
                 }
                 Err(fault) => self.faults.push(fault),
             }
@@ -211,7 +139,7 @@ impl Reading {
         match self.text(&path) {
             Ok(text) => {
                 let name = printable(path.as_os_str().as_encoded_bytes());
-                Some(PolicyFile { name, text, profile: Some(profile.to_owned()) })
+                Some(PolicyFile { name, text, profile: Some(profile.to_owned()), by_label: false })
             }
             Err(fault) => {
                 self.faults.push(fault);
@@ -256,111 +184,4 @@ fn read_whole(file: File, most: u64) -> io::Result<String> {
         )));
     }
     Ok(text)
-}
-
-/// Makes one set of the texts of all files. `directory` is for messages only.
-pub fn parse(directory: &Path, files: Vec<PolicyFile>) -> Result<Loaded, Refused> {
-    let (mut rules, mut faults) = (Vec::new(), Vec::new());
-    let mut version: Option<String> = None;
-    let mut all_about = Vec::new();
-    let mut hash = blake3::Hasher::new();
-    // Where each rule stands.
-    let mut places: Vec<(PathBuf, (usize, usize))> = Vec::new();
-    for PolicyFile { name, text, profile } in &files {
-        for part in [name, text] {
-            hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
-        }
-        let file = directory.join(name);
-        let shown: Arc<str> = file.display().to_string().into();
-        let fault = |at, message| Fault { file: file.clone(), at, message };
-        let lines = Lines::of(text);
-        let parsed: FileText = match toml::from_str(text) {
-            Ok(parsed) => parsed,
-            Err(err) => {
-                let at = err.span().map(|span| lines.position(span.start));
-                faults.push(fault(at, err.message().to_owned()));
-                continue;
-            }
-        };
-        match (&version, &parsed.version) {
-            (_, None) => (),
-            (None, named) => version.clone_from(named),
-            (Some(_), Some(_)) => {
-                faults.push(fault(Some((1, 1)), "another file has a `version` already".to_owned()));
-            }
-        }
-        if parsed.version.is_some() && profile.is_some() {
-            faults.push(fault(Some((1, 1)), "a profile has no `version`".to_owned()));
-        }
-        match parsed.about {
-            Some(about) => all_about.push(printable(about.as_bytes())),
-            None if profile.is_some() => {
-                faults.push(fault(Some((1, 1)), "`about` is missing: what is it for?".to_owned()));
-            }
-            None => (),
-        }
-        for rule in parsed.rule {
-            let at = lines.position(rule.span().start);
-            let place = Place { file: Arc::clone(&shown), line: at.0 };
-            let text = rule.into_inner();
-            let id = printable(text.id.as_bytes());
-            match Rule::new(text, place, profile.as_deref()) {
-                Ok(rule) => {
-                    rules.push(rule);
-                    places.push((file.clone(), at));
-                }
-                Err(message) => faults.push(fault(Some(at), format!("rule `{id}`: {message}"))),
-            }
-        }
-        if rules.len() > MAX_RULES {
-            break;
-        }
-    }
-    let made = RuleSet::new(rules).map_err(|(number, message)| {
-        let place = places.get(number).or(places.last());
-        let (file, at) =
-            place.map_or((directory.to_owned(), None), |(file, at)| (file.clone(), Some(*at)));
-        Fault { file, at, message }
-    });
-    match made {
-        Ok(rules) if faults.is_empty() => {
-            let digest =
-                (!files.is_empty()).then(|| format!("blake3:{}", hash.finalize().to_hex()));
-            Ok(Loaded {
-                rules,
-                version,
-                digest,
-                files: files.into(),
-                about: all_about,
-                has_directory: true,
-                signed: None,
-            })
-        }
-        Ok(_) => Err(Refused(faults)),
-        Err(fault) => {
-            faults.push(fault);
-            Err(Refused(faults))
-        }
-    }
-}
-
-/// Where the lines of a text begin: a large file has many rules, and each has its place.
-struct Lines<'a> {
-    text: &'a str,
-    starts: Vec<usize>,
-}
-
-impl Lines<'_> {
-    fn of(text: &str) -> Lines<'_> {
-        let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
-        let starts = std::iter::once(0).chain(ends.map(|(at, _)| at + 1)).collect();
-        Lines { text, starts }
-    }
-
-    /// The line and the column of a byte, both from 1.
-    fn position(&self, at: usize) -> (usize, usize) {
-        let line = self.starts.partition_point(|start| *start <= at).max(1);
-        let before = self.text.get(self.starts[line - 1]..at).unwrap_or_default();
-        (line, before.chars().count() + 1)
-    }
 }

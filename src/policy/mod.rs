@@ -1,7 +1,7 @@
 //! Decides what happens to a finding: it is reported, accepted as expected, or answered.
 //!
 //! ```text
-//! files, signature ─> text ─> rule, condition ─> set ─> Policy ── decide(finding) ─> Decision
+//! files, signature ─> parse ─> rule, condition ─> set ─> Policy ── decide(finding) ─> Decision
 //! ```
 //!
 //! Deciding is pure: the rules, a finding and a time in, a decision out. The pipeline requests no
@@ -10,9 +10,11 @@
 mod condition;
 mod files;
 mod images;
+mod parse;
 mod rule;
 mod set;
 mod signature;
+mod source;
 pub mod suggest;
 #[cfg(test)]
 mod tests;
@@ -23,11 +25,11 @@ use std::sync::Arc;
 use jiff::{SignedDuration, Timestamp};
 
 pub use self::condition::Subject;
-pub use self::files::{
-    Fault, Loaded, MAX_FILE, Owners, PolicyFile, Refused, parse, profile_names, read, read_profiles,
-};
+pub use self::files::{MAX_FILE, Owners, profile_names, read, read_profiles};
+pub use self::parse::{Loaded, parse};
 pub use self::rule::{Answer, Effect, Place, Rule};
 pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
+pub use self::source::{Fault, PolicyFile, Refused};
 use crate::config::{Config, Enforce};
 use crate::model::{Disposition, Kind, PathGlobs, Severity, Verdict};
 

@@ -140,6 +140,11 @@ impl Rule {
         })
     }
 
+    /// Limits the rule to containers whose label asks for this profile, alone or among others.
+    pub(super) fn asked_by_label(&mut self, profile: &str) {
+        self.conditions.push(Condition::asked_by_label(profile));
+    }
+
     pub fn is_expired(&self, now: Timestamp) -> bool {
         self.expires.is_some_and(|end| end <= now)
     }

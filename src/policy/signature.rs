@@ -9,7 +9,7 @@ use std::path::Path;
 use minisign_verify::{PublicKey, Signature};
 use sha2::{Digest as _, Sha256};
 
-use super::files::{Fault, PolicyFile};
+use super::source::{Fault, PolicyFile};
 use crate::model::printable;
 
 /// The list, as `sha256sum` writes it, and its signature.

@@ -25,7 +25,7 @@ fn now() -> Timestamp {
 }
 
 fn file(name: &str, text: &str) -> PolicyFile {
-    PolicyFile { name: name.to_owned(), text: text.to_owned(), profile: None }
+    PolicyFile::new(name, text)
 }
 
 fn loaded(text: &str) -> Loaded {
@@ -530,7 +530,8 @@ fn profiles_come_after_the_files_and_are_exceptions_outside_of_sessions_only() {
     let loaded = read(&from(&["npm"]), Owners::Own).unwrap();
     let ids: Vec<&str> = loaded.rules.rules().iter().map(|rule| &*rule.id).collect();
     assert_eq!(ids, ["own", "npm.modules"]);
-    assert_eq!(loaded.profiles().collect::<Vec<_>>(), ["npm"]);
+    let profiles = loaded.files.iter().filter_map(|file| file.profile.as_deref());
+    assert_eq!(profiles.collect::<Vec<_>>(), ["npm"]);
     let digest = |profiles: &[&str]| read(&from(profiles), Owners::Own).unwrap().digest;
     assert_ne!(digest(&["npm"]), digest(&[]));
 
@@ -549,6 +550,52 @@ fn profiles_come_after_the_files_and_are_exceptions_outside_of_sessions_only() {
     assert!(refused("bad").contains("begins with `bad.`"));
     write("bad.toml", &profile("bad.x", exception, "user = [0]").replace("about", "version"));
     assert!(refused("bad").contains("a profile has no `version`"));
+}
+
+#[test]
+fn a_container_asks_by_a_label_for_a_profile_that_the_node_allows() {
+    let directory = tempfile::tempdir().unwrap();
+    let exception = "effect = \"accept\"\nreproduce = \"run it\"";
+    for name in ["npm", "pip"] {
+        let text = profile(&format!("{name}.all"), exception, "kind = [\"exec.*\"]");
+        std::fs::write(directory.path().join(format!("{name}.toml")), text).unwrap();
+    }
+    let from = |profiles: &[&str], container_profiles: &[&str]| {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let from = PolicyFiles {
+            profiles: names(profiles),
+            container_profiles: names(container_profiles),
+            profile_dir: directory.path().into(),
+            ..PolicyFiles::of(&directory.path().join("none"))
+        };
+        Policy::rehearsed(&read(&from, Owners::Own).unwrap())
+    };
+    let labelled = |label: Option<&str>| {
+        let mut finding = finding();
+        let container = finding.container.as_mut().unwrap();
+        let labels = label.map(|label| ("driftd.io/profile".to_owned(), label.to_owned()));
+        container.labels = labels.into_iter().collect::<std::collections::BTreeMap<_, _>>().into();
+        finding
+    };
+    let accepts = |policy: &Policy, label: Option<&str>| {
+        let finding = labelled(label);
+        policy.decide(&subject(&finding), now()).verdict.is_accept()
+    };
+    let policy = from(&[], &["npm"]);
+    for (label, expected) in [
+        (Some("npm"), true),
+        (Some("pip,npm"), true),
+        (Some("npm,pip"), true),
+        (Some("apt,npm,pip"), true),
+        (Some("pip"), false),
+        (Some("npm2"), false),
+        (None, false),
+    ] {
+        assert_eq!(accepts(&policy, label), expected, "{label:?}");
+    }
+    // By default a container may ask for nothing; and what holds for all needs no label.
+    assert!(!accepts(&from(&[], &[]), Some("npm")));
+    assert!(accepts(&from(&["npm"], &["npm"]), None));
 }
 
 #[test]

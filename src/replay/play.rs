@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jiff::{SignedDuration, Timestamp};
 
 use super::script::{
-    Expectation, FileAction, FileStep, Pattern, Script, Step, StepAction, WrongLine,
+    Expectation, FileAction, FileStep, Pattern, Script, StartStep, Step, StepAction, WrongLine,
 };
 use crate::baseline::{BaselineEvent, ImageBaseline, blake3_of};
 use crate::containerd::{Error, Killed, RuntimeEvent};
@@ -20,7 +20,7 @@ use crate::history::Record;
 use crate::model::{
     Ancestor, ChainId, Container, ContainerId, Content, DiffId, EntryPoint, Exit, Fact, FileFact,
     FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels, Layer, LayerId,
-    Observation, Opening, OverlayDirs, Process, ProcessIdentity, RootfsPath, Run,
+    Observation, Opening, OverlayDirs, Pod, Process, ProcessIdentity, RootfsPath, Run,
     Script as ScriptFact, SessionFact, Source, Task,
 };
 use crate::pipeline::{ApiRequest, Effect, Input, State};
@@ -95,6 +95,7 @@ struct Node<'a> {
     images: BTreeMap<String, Image>,
     containers: BTreeMap<String, Container>,
     runtime: ReplayedRuntime,
+    is_connected: bool,
     /// For the pids of containers that name none.
     next_pid: u32,
     findings: Vec<Finding>,
@@ -140,6 +141,7 @@ impl<'a> Node<'a> {
             findings: Vec::new(),
             responses: Vec::new(),
             is_quiet: true,
+            is_connected: false,
             each,
         };
         let endpoint: Arc<str> = ENDPOINT.into();
@@ -247,17 +249,18 @@ impl<'a> Node<'a> {
         let input = match action {
             StepAction::Wait(time) => return self.wait(*time),
             StepAction::Connected => {
+                self.is_connected = true;
                 self.give(Input::Runtime(RuntimeEvent::Connected { endpoint: ENDPOINT.into() }));
                 let containers = self.containers.values().map(|one| one.id.clone()).collect();
                 Input::Runtime(RuntimeEvent::Listed { endpoint: ENDPOINT.into(), containers })
             }
-            StepAction::Disconnected => Input::Runtime(RuntimeEvent::Disconnected {
-                endpoint: ENDPOINT.into(),
-                reason: "the script disconnects it".into(),
-            }),
-            StepAction::Start { container, image, pid, labels } => {
-                self.start(container, image, *pid, labels)?
+            StepAction::Disconnected => {
+                self.is_connected = false;
+                let endpoint = ENDPOINT.into();
+                let reason = "the script disconnects it".into();
+                Input::Runtime(RuntimeEvent::Disconnected { endpoint, reason })
             }
+            StepAction::Start(step) => self.start(step)?,
             StepAction::Stop { container } => {
                 let Running { id, .. } = self.running(container)?;
                 self.runtime.end(&id);
@@ -315,13 +318,8 @@ impl<'a> Node<'a> {
         Ok(())
     }
 
-    fn start(
-        &mut self,
-        name: &str,
-        image_name: &str,
-        pid: Option<u32>,
-        labels: &BTreeMap<String, String>,
-    ) -> Result<Input, String> {
+    fn start(&mut self, step: &StartStep) -> Result<Input, String> {
+        let StartStep { container: name, image: image_name, pid, labels, pod, runtime } = step;
         let image =
             self.images.get(image_name).ok_or_else(|| format!("no image `{image_name}`"))?;
         let id = match name.split_once('/') {
@@ -334,9 +332,14 @@ impl<'a> Node<'a> {
         let container = Container {
             id: id.clone(),
             endpoint: ENDPOINT.into(),
-            runtime: "replay".into(),
+            runtime: runtime.clone().unwrap_or_else(|| "replay".into()),
             labels: Labels::from(labels.clone()),
-            pod: None,
+            pod: pod.as_ref().map(|(namespace, name)| Pod {
+                namespace: namespace.clone(),
+                name: name.clone(),
+                uid: "replay".into(),
+                container: None,
+            }),
             image: ImageReference {
                 name: Some(image_name.into()),
                 chain_id: image.layers.last().map(|layer| layer.chain_id),
@@ -367,6 +370,11 @@ impl<'a> Node<'a> {
         };
         self.runtime.begin(&id, init);
         self.containers.insert(name.into(), container.clone());
+        if self.is_connected {
+            // A container that starts before that is only listed: nothing shows since when it runs.
+            let created = RuntimeEvent::TaskCreated { container: id, pid, rootfs: None };
+            self.give(Input::Runtime(created));
+        }
         Ok(Input::Runtime(RuntimeEvent::Container(Box::new(container))))
     }
 
@@ -405,7 +413,7 @@ impl<'a> Node<'a> {
                     Fact::File(FileFact::Absent { path: path.clone(), writer }),
                 )
             }
-            StepAction::Session { container, pid, entry, tty, argv } => {
+            StepAction::Session { container, pid, entry, tty, requester, argv } => {
                 let Running { init, .. } = self.running(container)?;
                 let mut process = process(*pid, "", None, init);
                 process.exe = argv.first().cloned();
@@ -419,7 +427,7 @@ impl<'a> Node<'a> {
                     process,
                     host: Vec::new(),
                     login: None,
-                    requested_by: None,
+                    requested_by: requester.clone(),
                     beside: None,
                 };
                 let fact = Fact::Session(SessionFact::Opened { opening: Arc::new(opening) });
@@ -605,6 +613,9 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
         let root = Ancestor { identity: identity(session), exe: None, argv: None };
         runner.ancestors = vec![root, outside()];
     }
+    runner.uid = step.user.or(runner.uid);
+    runner.argv.clone_from(&step.argv);
+    let writer = step.writer.as_deref().map(|exe| Arc::new(process(WRITER, exe, None, init)));
     match step.action {
         FileAction::Executed => Fact::File(FileFact::Executed {
             path,
@@ -616,7 +627,7 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
             process: Arc::new(runner),
             invoked_as: None,
             layer_file: None,
-            writer: None,
+            writer,
         }),
         FileAction::Loaded => {
             runner.exe = by.map(Into::into);
@@ -628,13 +639,13 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
                 process: Arc::new(runner),
                 by_linker: false,
                 is_shared: false,
-                writer: None,
+                writer,
             })
         }
         FileAction::Interpreted => {
             runner.exe = by.map(Into::into);
             let script = ScriptFact::File { path, filesystem, state, lower: None };
-            Fact::File(FileFact::Interpreted { script, process: Arc::new(runner), writer: None })
+            Fact::File(FileFact::Interpreted { script, process: Arc::new(runner), writer })
         }
         FileAction::Written => {
             let writer = by.map(|exe| Arc::new(process(WRITER, exe, None, init)));

@@ -48,19 +48,70 @@ pub(super) enum StepAction {
     Wait(SignedDuration),
     Connected,
     Disconnected,
-    Start { container: String, image: String, pid: Option<u32>, labels: BTreeMap<String, String> },
-    Stop { container: String },
-    Remove { container: String },
+    Start(StartStep),
+    Stop {
+        container: String,
+    },
+    Remove {
+        container: String,
+    },
     File(FileStep),
-    Deleted { container: String, path: RootfsPath, by: Option<String> },
-    Session { container: String, pid: u32, entry: Entry, tty: Option<String>, argv: Vec<String> },
-    Ran { container: String, session: u32, pid: u32, argv: Vec<String> },
-    Ended { container: String, session: u32, pid: u32, code: i32 },
-    ReverseShell { container: String, pid: u32, exe: String },
-    Lost { failure: Failure, container: Option<String> },
-    Over { failure: Failure, container: Option<String> },
-    Respond { action: Action, container: String },
+    Deleted {
+        container: String,
+        path: RootfsPath,
+        by: Option<String>,
+    },
+    Session {
+        container: String,
+        pid: u32,
+        entry: Entry,
+        tty: Option<String>,
+        requester: Option<String>,
+        argv: Vec<String>,
+    },
+    Ran {
+        container: String,
+        session: u32,
+        pid: u32,
+        argv: Vec<String>,
+    },
+    Ended {
+        container: String,
+        session: u32,
+        pid: u32,
+        code: i32,
+    },
+    ReverseShell {
+        container: String,
+        pid: u32,
+        exe: String,
+    },
+    Lost {
+        failure: Failure,
+        container: Option<String>,
+    },
+    Over {
+        failure: Failure,
+        container: Option<String>,
+    },
+    Respond {
+        action: Action,
+        container: String,
+    },
     Expect(Expectation),
+}
+
+/// A container starts.
+#[derive(Debug)]
+pub(super) struct StartStep {
+    pub(super) container: String,
+    pub(super) image: String,
+    pub(super) pid: Option<u32>,
+    pub(super) labels: BTreeMap<String, String>,
+    /// Its pod: `NAMESPACE/NAME`.
+    pub(super) pod: Option<(String, String)>,
+    /// The name of its container runtime.
+    pub(super) runtime: Option<String>,
 }
 
 /// What happens to a file.
@@ -85,6 +136,11 @@ pub(super) struct FileStep {
     pub(super) times: u64,
     /// The program of the writer, the loading process, the interpreter or the parent.
     pub(super) by: Option<String>,
+    /// The program of the process that wrote the file which is used.
+    pub(super) writer: Option<String>,
+    /// The user and the command line of the process.
+    pub(super) user: Option<u32>,
+    pub(super) argv: Option<Vec<String>>,
     pub(super) pid: Option<u32>,
     /// The first process of the session to which the process belongs.
     pub(super) session: Option<u32>,
@@ -187,7 +243,7 @@ impl Script {
             }
         }
         if !rules.is_empty() {
-            let file = PolicyFile { name: "policy".to_owned(), text: rules, profile: None };
+            let file = PolicyFile::new("policy", rules);
             let loaded = policy::parse(Path::new(""), vec![file]);
             let wrong = |refused: policy::Refused| {
                 let fault = refused.0.into_iter().next();
@@ -237,12 +293,14 @@ impl<'a> Words<'a> {
             "wait" => StepAction::Wait(self.duration()?),
             "connected" => StepAction::Connected,
             "disconnected" => StepAction::Disconnected,
-            "start" => StepAction::Start {
+            "start" => StepAction::Start(StartStep {
                 container: self.next("a container")?,
                 image: self.next("an image")?,
                 pid: self.option("pid")?,
                 labels: self.labels(),
-            },
+                pod: self.pod()?,
+                runtime: self.option("runtime")?,
+            }),
             "stop" => StepAction::Stop { container: self.next("a container")? },
             "remove" => StepAction::Remove { container: self.next("a container")? },
             "exec" => StepAction::File(self.file(FileAction::Executed)?),
@@ -259,6 +317,7 @@ impl<'a> Words<'a> {
                 pid: self.number("a pid")?,
                 entry: self.named("entry", Entry::ALL, Entry::name)?.unwrap_or(Entry::RuntimeExec),
                 tty: self.option("tty")?,
+                requester: self.option("requester")?,
                 argv: std::mem::take(&mut self.rest),
             },
             "run" => StepAction::Ran {
@@ -340,6 +399,13 @@ impl<'a> Words<'a> {
         one_of(value, all, name).map(Some)
     }
 
+    fn pod(&mut self) -> Result<Option<(String, String)>, String> {
+        let Some(pod) = self.options.remove("pod") else { return Ok(None) };
+        let (namespace, name) =
+            pod.split_once('/').ok_or_else(|| format!("pod={pod} is not NAMESPACE/NAME"))?;
+        Ok(Some((namespace.to_owned(), name.to_owned())))
+    }
+
     fn labels(&mut self) -> BTreeMap<String, String> {
         let labels: Vec<&str> =
             self.options.keys().copied().filter(|name| name.starts_with("label.")).collect();
@@ -382,6 +448,9 @@ impl<'a> Words<'a> {
                 .unwrap_or(Filesystem::Overlay),
             times: self.option("times")?.unwrap_or(1),
             by: self.option("by")?,
+            writer: self.option("writer")?,
+            user: self.option("user")?,
+            argv: Some(std::mem::take(&mut self.rest)).filter(|argv| !argv.is_empty()),
             pid: self.option("pid")?,
             session: self.option("session")?,
         })

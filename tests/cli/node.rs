@@ -62,17 +62,39 @@ impl Node {
         Node::start_filled(tempfile::tempdir().unwrap(), shops)
     }
 
+    /// A node whose pipeline takes requests and replies to none.
+    pub(crate) fn stalled() -> Node {
+        let keep = |requests: crossbeam_channel::Receiver<ApiRequest>, _| {
+            // With the last sender, the test ends.
+            let _kept: Vec<ApiRequest> = requests.into_iter().collect();
+        };
+        Node::start_with(tempfile::tempdir().unwrap(), |_| (), keep)
+    }
+
     pub(crate) fn start_filled(dir: tempfile::TempDir, fill: impl FnOnce(&Store)) -> Node {
+        let reply = |requests: crossbeam_channel::Receiver<ApiRequest>, records| {
+            for request in requests {
+                reply_to(request, &records);
+            }
+        };
+        Node::start_with(dir, fill, reply)
+    }
+
+    fn start_with(
+        dir: tempfile::TempDir,
+        fill: impl FnOnce(&Store),
+        pipeline: impl FnOnce(
+            crossbeam_channel::Receiver<ApiRequest>,
+            crossbeam_channel::Sender<Record>,
+        ) + Send
+        + 'static,
+    ) -> Node {
         let health = Arc::new(Health::default());
         let history = History::open(&dir.path().join("state")).unwrap();
         let writer = history.start(RETENTION, health.clone());
         let (questions, requests) = crossbeam_channel::bounded(16);
         let records = writer.records();
-        std::thread::spawn(move || {
-            for request in requests {
-                reply_to(request, &records);
-            }
-        });
+        std::thread::spawn(move || pipeline(requests, records));
         let baselines = dir.path().join("state/baselines");
         let baselines = Arc::new(baseline::Store::open(&baselines, health.clone()).unwrap());
         fill(&baselines);
@@ -272,7 +294,7 @@ fn view() -> ContainerView {
 
 /// The rules of the script.
 fn rules() -> Policy {
-    let file = PolicyFile { name: "10-app.toml".to_owned(), text: RULES.to_owned(), profile: None };
+    let file = PolicyFile::new("10-app.toml", RULES);
     let loaded = policy::parse(Path::new("/etc/driftd/policy.d"), vec![file]).unwrap();
     Policy::of(&Config::default(), Some(&loaded))
 }

@@ -258,6 +258,17 @@ fn exceptions_are_suggested_for_what_is_selected_and_tried_on_everything_else() 
 }
 
 #[test]
+fn the_status_comes_without_the_rules_if_the_pipeline_does_not_reply() {
+    let node = Node::stalled();
+    let status = node.run(&["status", "-o", "json"]);
+    assert_eq!(status.code, 1, "{status:?}");
+    let status: serde_json::Value = serde_json::from_str(&status.out).unwrap();
+    assert!(status["policy"].is_null() && status["complete"] == false, "{status:#}");
+    let problems = status["problems"].to_string();
+    assert!(problems.contains("the pipeline has not answered"), "{problems}");
+}
+
+#[test]
 fn the_schema_is_one_document() {
     let schema = program::run(&["policy", "schema"]);
     let schema: serde_json::Value = serde_json::from_str(&schema.out).unwrap();

@@ -14,6 +14,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test_alone("an_exception_is_in_force_at_once_and_hides_nothing_beside_it", "", exceptions),
         test_alone("a_set_with_a_fault_is_refused_as_a_whole", "", faults),
+        test_alone("with_a_key_only_a_signed_set_is_in_force", signed_settings(), signed),
         test_alone("suggested_exceptions_silence_a_runner_and_no_attack_in_it", "", suggested),
         test_alone(
             "a_rule_kills_only_if_answers_are_switched_on",
@@ -207,6 +208,53 @@ fn faults(node: &Node) -> anyhow::Result<()> {
     container.wait_until_watched()?;
     container.sh("/opt/plugins/x")?;
     wait_for("the finding", || Ok((!container.findings()?.is_empty()).then_some(())))
+}
+
+/// The key of the set in `signed`.
+fn keys() -> &'static minisign::KeyPair {
+    static KEYS: std::sync::OnceLock<minisign::KeyPair> = std::sync::OnceLock::new();
+    KEYS.get_or_init(|| {
+        minisign::KeyPair::generate_unencrypted_keypair().expect("the machine has random numbers")
+    })
+}
+
+fn signed_settings() -> &'static str {
+    let key = keys().pk.to_base64();
+    format!("[policy]\ndir = \"{{node}}/policy.d\"\npublic_key = \"{key}\"").leak()
+}
+
+/// Lists the policy files and signs the list, as an administrator does with `sha256sum` and
+/// `minisign`.
+fn sign(node: &Node, comment: &str) -> anyhow::Result<()> {
+    let listed = std::process::Command::new("sh")
+        .args(["-c", "sha256sum *.toml"])
+        .current_dir(node.path("policy.d"))
+        .output()?
+        .stdout;
+    let signature = minisign::sign(None, &keys().sk, listed.as_slice(), Some(comment), None)?;
+    write(node, "SHA256SUMS", &String::from_utf8(listed)?)?;
+    write(node, "SHA256SUMS.minisig", &signature.into_string())
+}
+
+fn signed(node: &Node) -> anyhow::Result<()> {
+    write(node, "10-app.toml", PLUGINS)?;
+    let is_refused = |policy: &Value, why: &str| {
+        policy["refused"].as_str().is_some_and(|refused| refused.contains(why))
+    };
+    let policy = wait_for_policy(node, "the refusal", |policy| is_refused(policy, "SHA256SUMS"))?;
+    ensure!(policy["rules"] == 0, "{policy:#}");
+    sign(node, "set 1")?;
+    let policy = wait_for_policy(node, "the signed set", |policy| policy["rules"] == 1)?;
+    ensure!(policy["signed"] == "set 1" && policy["refused"].is_null(), "{policy:#}");
+    // A file that the key did not sign changes nothing.
+    write(node, "20-agent.toml", AGENT)?;
+    let policy =
+        wait_for_policy(node, "the refusal", |policy| is_refused(policy, "is not signed"))?;
+    ensure!(policy["rules"] == 1 && policy["signed"] == "set 1", "{policy:#}");
+    sign(node, "set 2")?;
+    let policy = wait_for_policy(node, "the second set", |policy| policy["rules"] == 2)?;
+    ensure!(policy["signed"] == "set 2", "{policy:#}");
+    Ok(())
 }
 
 /// A CI runner: each step is a script of its own.

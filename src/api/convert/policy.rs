@@ -27,9 +27,15 @@ pub fn policy_status_to_proto(policy: &Policy, now: Timestamp) -> proto::PolicyS
         rules: count(policy.rules.rules().len()),
         refused: policy.refused.clone(),
         ends: ends.collect(),
-        profiles: policy.files.iter().filter_map(|file| file.profile.clone()).collect(),
+        profiles: profiles(policy, false),
         signed: policy.signed.clone(),
+        container_profiles: profiles(policy, true),
     }
+}
+
+fn profiles(policy: &Policy, by_label: bool) -> Vec<String> {
+    let files = policy.files.iter().filter(|file| file.by_label == by_label);
+    files.filter_map(|file| file.profile.clone()).collect()
 }
 
 /// `hits`: how often the rule has matched.
@@ -57,11 +63,11 @@ pub fn rule_to_proto(rule: &Rule, hits: Option<&RuleHits>, now: Timestamp) -> pr
 }
 
 pub fn policy_file_to_proto(file: &PolicyFile) -> proto::PolicyFile {
-    let PolicyFile { name, text, profile } = file.clone();
-    proto::PolicyFile { name, text, profile }
+    let PolicyFile { name, text, profile, by_label } = file.clone();
+    proto::PolicyFile { name, text, profile, by_label }
 }
 
 pub fn policy_file_from_proto(file: proto::PolicyFile) -> PolicyFile {
-    let proto::PolicyFile { name, text, profile } = file;
-    PolicyFile { name, text, profile }
+    let proto::PolicyFile { name, text, profile, by_label } = file;
+    PolicyFile { name, text, profile, by_label }
 }

@@ -202,7 +202,7 @@ fn one_unannounced_container_takes_no_room_from_another_one() {
 fn accepting() -> Node {
     let rule = "[[rule]]\nid = \"opt\"\nreason = \"a test\"\nexpires = \"never\"\n\
                 effect = \"accept\"\n[rule.match]\npath = [\"/opt/**\"]\n";
-    let file = PolicyFile { name: "a.toml".to_owned(), text: rule.to_owned(), profile: None };
+    let file = PolicyFile::new("a.toml", rule);
     let loaded = policy::parse(std::path::Path::new(""), vec![file]).unwrap();
     let mut node = Node::new(Respond::default(), Vec::new());
     node.state.policy = Policy::of(&config::Config::default(), Some(&loaded));

@@ -74,7 +74,7 @@ struct Pending {
 #[derive(Default)]
 struct Written {
     writer: Option<Arc<Process>>,
-    /// Of a file on the container's overlay.
+    /// For a file on the container's overlay.
     stat: Option<file::Stat>,
 }
 

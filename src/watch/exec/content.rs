@@ -337,13 +337,9 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
         // First, so that the verdict on the file finds it.
         watched.layer_files_mut().note_reported(layer_file, state.clone(), at);
     }
-    let writer = match filesystem {
-        Filesystem::Overlay if layer_file.is_none() => {
-            let patience = if is_busy { Duration::ZERO } else { FEED };
-            shared.writer_of_used(&watched, &path, &stat, patience)
-        }
-        _ => None,
-    };
+    let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
+    let patience = if is_busy { Duration::ZERO } else { FEED };
+    let writer = is_own.then(|| shared.writer_of_used(&watched, &path, &stat, patience)).flatten();
     let fact = Fact::File(FileFact::Executed {
         invoked_as: exec_name.and_then(|name| describe::invoked_as(&name, &path)),
         path: path.clone(),

@@ -58,16 +58,20 @@ fn take(shared: &Files, events: Vec<DecodedName>) {
                     shared.dirty.mark_for_scan(&watched);
                     continue;
                 };
-                // The change feed reports the writers of content, later. A symbolic link has
-                // none.
-                let is_by_name = libc::FAN_ATTRIB | libc::FAN_CREATE | libc::FAN_MOVED_TO;
-                let names_writer =
-                    named.mask & is_by_name != 0 && named.mask & libc::FAN_ONDIR == 0;
-                let writer = names_writer.then(|| {
+                // The change feed reports the writers of content. It does not report those of
+                // links, which have none.
+                let is_file = named.mask & libc::FAN_ONDIR == 0;
+                let is_changed = named.mask & (libc::FAN_ATTRIB | libc::FAN_MOVED_TO) != 0;
+                let is_created = named.mask & libc::FAN_CREATE != 0;
+                let by = (is_file && (is_changed || is_created)).then(|| {
                     let found = || shared.writer(&watched, named.pid);
                     writers.entry(named.pid).or_insert_with(found).clone()
                 });
-                shared.mark_dirty(&watched, path, Source::Change, writer);
+                let (writer, creator) = if is_changed { (by, None) } else { (None, by) };
+                shared.mark_dirty(&watched, path.clone(), Source::Change, writer);
+                if let Some(creator) = creator {
+                    shared.dirty.created_by(&watched.container, &path, creator);
+                }
             }
             DecodedName::Overflow => shared.lose(
                 Failure::KernelQueueOverflow,

@@ -96,6 +96,16 @@ impl DirtyPaths {
         true
     }
 
+    /// The process that created a path counts until the writer of its content is known, which
+    /// the change feed may have reported before.
+    pub(crate) fn created_by(&self, container: &ContainerId, path: &RootfsPath, creator: Writer) {
+        let mut all = self.dirty();
+        let entry = all.get_mut(container).and_then(|dirty| dirty.paths.get_mut(path));
+        if let Some(entry) = entry {
+            entry.writer.get_or_insert(creator);
+        }
+    }
+
     /// Whether a path waits to be examined by itself.
     pub(crate) fn is_dirty(&self, container: &ContainerId, path: &RootfsPath) -> bool {
         self.dirty().get(container).is_some_and(|dirty| dirty.paths.contains_key(path))

@@ -60,8 +60,9 @@ impl Progress {
         if is_done() {
             return true;
         }
-        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
-        if given_up.is_some_and(|at| at.elapsed() < GIVEN_UP_FOR) {
+        // Not locked while it waits: others must not wait for this.
+        let given_up = || self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        if given_up().is_some_and(|at| at.elapsed() < GIVEN_UP_FOR) {
             return false;
         }
         let begun = Instant::now();
@@ -72,7 +73,7 @@ impl Progress {
             }
         }
         if !patience.is_zero() {
-            *given_up = Some(Instant::now());
+            *given_up() = Some(Instant::now());
         }
         false
     }

@@ -175,7 +175,7 @@ impl Files {
         if !self.progress.has_caught_up(patience) {
             return None;
         }
-        // Of its content. The path may have been changed by another process, such as a chmod.
+        // The writer of its content. The path may have been changed by another process, such as a chmod.
         self.writer_of_file(watched, stat).or_else(|| self.writer_of(watched, path))
     }
 

@@ -47,9 +47,9 @@ impl Written {
 pub(crate) struct Writers {
     /// A process that unpacks an archive writes thousands of files and is described once.
     processes: HashMap<u32, (ArgumentArea, Arc<Process>)>,
-    /// Of programs and of files that other programs obey.
+    /// Programs, and files that other programs obey.
     sensitive: Generations,
-    /// Of all other files, which may be many: an interpreter may be given one of them.
+    /// All other files, which may be many: an interpreter may be given one of them.
     data: Generations,
 }
 
