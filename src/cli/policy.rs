@@ -31,7 +31,7 @@ pub(super) enum Policy {
     /// Show what other rules would have decided about the findings of the history
     Test(rehearse::Test),
     /// Propose exceptions for findings that are expected
-    Suggest(suggest::Suggest),
+    Suggest(Box<suggest::Suggest>),
     /// List the profiles: reviewed exceptions for one runtime or distribution
     Profiles(ListProfiles),
     /// Have the daemon read the policy files again

@@ -3,6 +3,7 @@
 //! The room `policy` proposes them. This file fetches the findings, tries the proposal on all of
 //! them, and prints it as a policy file.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -13,10 +14,10 @@ use super::describe::subject;
 use super::exit::Exit;
 use super::findings::{Filter, fetch};
 use super::output::{safe, short, write};
-use super::pages::fetch_all;
+use super::pages::{fetch_all, fetch_pages};
 use super::rehearse::{accepted_files, fetch_members};
 use crate::api::{convert, proto};
-use crate::model::{Finding, Severity};
+use crate::model::{Finding, FindingId, Kind, Severity};
 use crate::policy::suggest::{By, Proposed, Selected, Suggestion, suggest};
 use crate::policy::{self, Policy, PolicyFile};
 
@@ -34,18 +35,23 @@ pub(super) struct Suggest {
 impl Suggest {
     pub(super) fn run(self, server: Server<'_>) -> anyhow::Result<Exit> {
         let text = talk(server, async |mut client: Client| {
-            let (selected, others) = self.select(&mut client).await?;
+            let selected = self.select(&mut client).await?;
             let suggestion = suggest(&selected, Timestamp::now());
-            render(&suggestion, &selected, &others)
+            let policy = tried(&suggestion.rules)?;
+            let beside = beside(&mut client, &selected, &policy).await?;
+            render(&suggestion, &policy, &selected, &beside)
         })?;
         write(text.as_bytes())?;
         Ok(Exit::Clean)
     }
 
-    /// The findings that are to be accepted, and all others of the same images.
-    async fn select(&self, client: &mut Client) -> anyhow::Result<(Vec<Selected>, Vec<Selected>)> {
+    /// The findings that are to be accepted.
+    async fn select(&self, client: &mut Client) -> anyhow::Result<Vec<Selected>> {
         let wanted = match self.findings.as_slice() {
-            [] => all(client, &self.filter.to_proto()?).await?,
+            [] => {
+                let filter = self.filter.to_proto()?;
+                fetch_all(async |size, token| fetch(client, &filter, size, token).await).await?
+            }
             ids => {
                 let mut wanted = Vec::new();
                 for id in ids {
@@ -63,21 +69,39 @@ impl Suggest {
         for finding in wanted {
             selected.push(with_members(client, finding).await?);
         }
-        let is_selected = |finding: &Finding| {
-            selected.iter().any(|selected: &Selected| selected.finding.id == finding.id)
-        };
-        let mut others = Vec::new();
-        for finding in all(client, &proto::FindingFilter::default()).await? {
-            if !is_selected(&finding) {
-                others.push(with_members(client, finding).await?);
-            }
-        }
-        Ok((selected, others))
+        Ok(selected)
     }
 }
 
-async fn all(client: &mut Client, filter: &proto::FindingFilter) -> anyhow::Result<Vec<Finding>> {
-    fetch_all(async |size, token| fetch(client, filter, size, token).await).await
+/// The other findings that the exceptions would accept, at least in part. The history may be
+/// long: only those are kept that may be such.
+async fn beside(
+    client: &mut Client,
+    selected: &[Selected],
+    policy: &Policy,
+) -> anyhow::Result<Vec<Finding>> {
+    let known: BTreeSet<FindingId> = selected.iter().map(|one| one.finding.id).collect();
+    let kinds: Vec<Kind> = selected.iter().map(|one| one.finding.kind).collect();
+    let mut candidates: Vec<Finding> = Vec::new();
+    let filter = proto::FindingFilter::default();
+    let fetch = async |size, token| fetch(client, &filter, size, token).await;
+    let keep = |page: Vec<Finding>| {
+        candidates.extend(page.into_iter().filter(|finding| {
+            let is_one = accepted_files(policy, finding, &[]) > 0;
+            let has_one = finding.files.is_some() && kinds.contains(&finding.kind);
+            !known.contains(&finding.id) && (is_one || has_one)
+        }));
+        Ok(())
+    };
+    fetch_pages(String::new(), usize::MAX, fetch, keep).await?;
+    let mut beside = Vec::new();
+    for finding in candidates {
+        let Selected { finding, members } = with_members(client, finding).await?;
+        if accepted_files(policy, &finding, &members) > 0 {
+            beside.push(finding);
+        }
+    }
+    Ok(beside)
 }
 
 async fn with_members(client: &mut Client, finding: Finding) -> anyhow::Result<Selected> {
@@ -91,17 +115,13 @@ async fn with_members(client: &mut Client, finding: Finding) -> anyhow::Result<S
 /// The policy file, with what it would do to the findings that are kept.
 fn render(
     suggestion: &Suggestion,
+    policy: &Policy,
     selected: &[Selected],
-    others: &[Selected],
+    beside: &[Finding],
 ) -> anyhow::Result<String> {
     let Suggestion { rules, left } = suggestion;
-    let policy = tried(rules)?;
     let (accepted, not): (Vec<&Selected>, Vec<&Selected>) =
-        selected.iter().partition(|selected| is_accepted(&policy, selected));
-    let beside: Vec<&Selected> = others
-        .iter()
-        .filter(|other| accepted_files(&policy, &other.finding, &other.members) > 0)
-        .collect();
+        selected.iter().partition(|selected| is_accepted(policy, selected));
     let mut text = format!(
         "# {} of {} findings would be accepted by {} exceptions. Fill in each `reason`: without\n\
          # one, driftd refuses the file.\n",
@@ -114,7 +134,7 @@ fn render(
         let why = why.map_or("no exception matches all of its files", |(_, why)| *why);
         writeln!(text, "# Not accepted: {}: {why}", line(finding))?;
     }
-    for Selected { finding, .. } in beside.iter().take(MOST_NAMED) {
+    for finding in beside.iter().take(MOST_NAMED) {
         writeln!(text, "# ALSO ACCEPTED, though not selected: {}", line(finding))?;
     }
     if beside.len() > MOST_NAMED {

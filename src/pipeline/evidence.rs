@@ -23,6 +23,7 @@ pub(super) struct Emission<'a> {
 }
 
 /// What was observed, for a finding.
+#[derive(Clone, Copy)]
 pub(super) struct Evidence<'a> {
     pub(super) path: Option<&'a RootfsPath>,
     pub(super) filesystem: Filesystem,

@@ -144,7 +144,7 @@ fn the_files_of_an_aggregated_finding_are_all_listed() {
 }
 
 /// Inserts findings of the last hours into the database, one second apart.
-fn fill(node: &Node, number: u32) {
+pub(crate) fn fill(node: &Node, number: u32) {
     node.store_findings(&[finding(0, 0)]);
     let database = rusqlite::Connection::open(node.dir.path().join("state/history.db")).unwrap();
     database.busy_timeout(PATIENCE).unwrap();

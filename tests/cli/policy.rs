@@ -6,6 +6,7 @@ use driftd::history::{MemberChange, Record};
 use driftd::model::finding::MEMBER_SCHEMA;
 use driftd::model::{Disposition, Finding, Kind, Member, RootfsPath};
 
+use crate::findings::fill;
 use crate::node::{Node, RULES};
 use crate::program::{self, assert_clean};
 use crate::samples::{finding, sample};
@@ -255,6 +256,27 @@ fn exceptions_are_suggested_for_what_is_selected_and_tried_on_everything_else() 
     assert_eq!(check(text).code, 64, "a reason is to be filled in");
     assert_eq!(check(&text.replace("reason = \"\"", "reason = \"r\"")).code, 0);
     assert_eq!(node.run(&["policy", "suggest", "ffff"]).code, 2);
+}
+
+#[test]
+#[ignore = "it inserts 200,000 findings, which takes a minute; prints how long a rehearsal takes"]
+fn rules_are_tried_on_a_long_history() {
+    let node = Node::start();
+    fill(&node, 200_000);
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("a.toml"), RULES.replace("/usr/bin/curl", "/usr/**")).unwrap();
+    let path = directory.path().to_str().unwrap();
+    let timed = |arguments: &[&str]| {
+        let begun = std::time::Instant::now();
+        let output = node.run(arguments);
+        assert_eq!(output.code, 0, "{output:?}");
+        (output.out, begun.elapsed())
+    };
+    let (listed, listing) = timed(&["findings", "-o", "jsonl", "--limit", "0"]);
+    let (tested, testing) = timed(&["policy", "test", path, "--since", "2000-01-01", "-o", "json"]);
+    let tested: serde_json::Value = serde_json::from_str(&tested).unwrap();
+    assert_eq!(tested["findings"].as_u64(), Some(listed.lines().count() as u64));
+    eprintln!("{} findings: listed in {listing:?}, tried in {testing:?}", tested["findings"]);
 }
 
 #[test]
