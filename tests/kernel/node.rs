@@ -301,7 +301,7 @@ pub(crate) fn summary(report: &SensorEvent) -> String {
         Fact::Session(SessionFact::ReverseShell { evidence, .. }) => {
             format!("reverse shell: {evidence}")
         }
-        Fact::File(FileFact::Present { path, state, lower, writer }) => {
+        Fact::File(FileFact::Present { path, state, lower, writer, .. }) => {
             let (lower, writer) = (lower.is_some(), writer.is_some());
             format!("present {path} {state:?} lower={lower} writer={writer}")
         }
