@@ -8,8 +8,8 @@ use crate::baseline::ImageBaseline;
 use crate::detect;
 use crate::inventory::{Aspect, Entry, Reported, Unpacking};
 use crate::model::{
-    Blake3Hash, ContainerId, FindingId, Kind, Process, RootfsPath, Severity, generated, is_linker,
-    programs,
+    Ancestor, Blake3Hash, ContainerId, FindingId, Kind, Process, ProcessIdentity, RootfsPath,
+    Severity, generated, is_linker, programs,
 };
 
 /// Code that was run or loaded.
@@ -22,6 +22,8 @@ pub(super) struct Used<'a> {
     pub(super) could_change: bool,
     /// A person may type the commands of the process.
     pub(super) is_interactive: bool,
+    /// The container's init.
+    pub(super) init: ProcessIdentity,
 }
 
 /// The group of code that has something in common with other code; `None` if it has not.
@@ -117,7 +119,7 @@ fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Str
     let writer = used.writer.filter(is_written);
     let writer = writer.or_else(|| entry.writers.linked(used.file.content?))?;
     let linker = writer.exe.as_deref()?;
-    let is_built = is_images_own(entry, image, linker) && are_one_tree(writer, process);
+    let is_built = is_images_own(entry, image, linker) && are_one_tree(writer, process, used.init);
     is_built.then(|| linker.to_owned())
 }
 
@@ -139,7 +141,7 @@ fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<
         // Written just now, most likely by the script that hands it to the interpreter.
         return above(process).filter(|_| kind == Kind::ExecInterpreted);
     };
-    if !are_one_tree(writer, process) {
+    if !are_one_tree(writer, process, used.init) {
         return None;
     }
     let exe = writer.exe.as_deref()?;
@@ -158,15 +160,30 @@ fn is_images_own(entry: &Entry, image: &ImageBaseline, exe: &str) -> bool {
     })
 }
 
-/// Whether a process belongs to the tree of processes that has run the writer. The last
-/// ancestor of the process has started the container: every process has it in common. A writer
-/// that has ended is known from the kernel's records, which may lack its first ancestors.
-fn are_one_tree(writer: &Process, process: &Process) -> bool {
-    let outside = process.ancestors.last().map(|outside| outside.identity);
-    let mut above = writer.ancestors.iter().map(|ancestor| ancestor.identity);
-    above.any(|one| {
-        outside.is_none_or(|outside| !outside.may_be(one)) && process.may_descend_from(one)
-    })
+/// Whether a process belongs to the tree of processes that has run the writer: it is above the
+/// writer, or both descend from one process of the container. A process outside has started the
+/// container, or has come in: it is no common origin.
+fn are_one_tree(writer: &Process, process: &Process, init: ProcessIdentity) -> bool {
+    let is_above = |above: &[Ancestor], one: ProcessIdentity| {
+        above.iter().any(|ancestor| ancestor.identity.may_be(one))
+    };
+    let mut inside = inside(&writer.ancestors, init).iter().chain(inside(&process.ancestors, init));
+    is_above(&writer.ancestors, process.identity)
+        || inside.any(|one| {
+            is_above(&writer.ancestors, one.identity) && is_above(&process.ancestors, one.identity)
+        })
+}
+
+/// The ancestors that are in the container for certain. They end with init, or with the first
+/// process outside. The kernel's records have no start times; they may end too early, or go on
+/// outside.
+fn inside(ancestors: &[Ancestor], init: ProcessIdentity) -> &[Ancestor] {
+    let is_recorded = |ancestor: &Ancestor| ancestor.identity.start_time == 0;
+    match ancestors.iter().position(|ancestor| ancestor.identity.may_be(init)) {
+        Some(at) => &ancestors[..=at],
+        None if ancestors.iter().any(is_recorded) => &[],
+        None => ancestors.split_last().map_or(&[], |(_, inside)| inside),
+    }
 }
 
 /// Whether a finding reports that this content was run.

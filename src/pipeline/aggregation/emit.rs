@@ -254,6 +254,7 @@ impl State {
             writer: evidence.writer,
             could_change: evidence.could_change(),
             is_interactive,
+            init: observation.init,
         };
         let used_group = match &entry.baseline.state {
             // Code in the root of another container has nothing in common with code here.

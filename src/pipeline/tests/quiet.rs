@@ -274,6 +274,45 @@ fn w08_a_linker_that_is_known_from_records_alone_has_built_it_too() {
 }
 
 #[test]
+fn w08_one_tree_is_known_although_records_end_early_and_what_is_outside_is_no_common_origin() {
+    let mut node = Node::running();
+    let init = (node.init.pid, "/bin/busybox");
+    let all = [(60, "/usr/bin/make"), init, (100, "/usr/bin/shim"), (101, "/usr/bin/containerd")];
+    let recorded = |mut process: Process| {
+        process.identity.start_time = 0;
+        process.ancestors.iter_mut().for_each(|one| one.identity.start_time = 0);
+        process
+    };
+    let linker = |above| program(61, "/usr/bin/ld", above);
+    let runs = |pid, above| program(pid, "/bin/busybox", above);
+    for (path, process, writer) in [
+        // The records of the writer, or of the process that runs it, end early.
+        ("/src/aa", runs(200, &all[..3]), recorded(linker(&all[..1]))),
+        ("/src/ab", recorded(runs(201, &all[..1])), linker(&all[..3])),
+        // The records go on outside.
+        ("/src/ac", recorded(runs(202, &all)), recorded(linker(&all))),
+        // The parents of the process are unknown, and it is above the writer.
+        ("/src/ad", runs(60, &[]), recorded(linker(&all[..1]))),
+    ] {
+        node.see(Source::Gate, run(path, path, process, Some(writer)));
+    }
+    assert_eq!(node.lines(), ["exec.new medium /src/aa 4 4"]);
+    // Processes that came in from outside, and nothing but that in common with the build.
+    let session = [(300, "/bin/sh"), (100, "/usr/bin/shim"), (101, "/usr/bin/containerd")];
+    for (path, process, writer) in [
+        ("/src/ba", runs(301, &session[..2]), recorded(linker(&all))),
+        ("/src/bb", recorded(runs(302, &session)), linker(&all[..3])),
+        ("/src/bc", recorded(runs(303, &session)), recorded(linker(&all))),
+        ("/src/bd", runs(304, &[]), linker(&all[..3])),
+    ] {
+        node.see(Source::Gate, run(path, path, process, Some(writer)));
+    }
+    let lines = node.lines();
+    assert_eq!(lines.len(), 5, "{lines:#?}");
+    assert!(lines[1..].iter().all(|line| line.starts_with("exec.new critical")), "{lines:#?}");
+}
+
+#[test]
 fn w08_a_copy_of_what_the_linker_has_built_is_built_here_and_another_content_there_is_not() {
     let mut node = Node::running();
     let make = [(60, "/usr/bin/make"), (1, "/bin/busybox"), (100, "/usr/bin/shim")];

@@ -135,9 +135,10 @@ impl Processes {
         let of = |index: usize| programs[index..].iter().flatten().next().cloned();
         let identity = |pid| ProcessIdentity { pid, start_time: 0 };
         let Program { exe, argv } = of(0)?;
-        let ancestors = pids.iter().enumerate().skip(1).filter_map(|(index, pid)| {
-            let Program { exe, argv } = of(index)?;
-            Some(Ancestor { identity: identity(*pid), exe, argv })
+        let ancestors = pids.iter().enumerate().skip(1).map(|(index, pid)| {
+            // It is known that it was there, although not what it ran.
+            let (exe, argv) = of(index).map_or((None, None), |one| (one.exe, one.argv));
+            Ancestor { identity: identity(*pid), exe, argv }
         });
         Some(Process {
             identity: identity(named.pid),
