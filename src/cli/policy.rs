@@ -175,34 +175,21 @@ pub(super) struct RuleEndJson {
 }
 
 pub(super) fn policy_json(status: proto::PolicyStatus) -> anyhow::Result<PolicyJson> {
-    let proto::PolicyStatus {
-        generation,
-        version,
-        digest,
-        enforce,
-        rules,
-        refused,
-        ends,
-        profiles,
-        signed,
-        container_profiles,
-    } = status;
     let end = |proto::RuleEnd { id, expires, expired }| {
         let expires = convert::time_from_proto("expires", expires)?;
         Ok(RuleEndJson { id, expires, expired })
     };
-    let ends = ends.into_iter().map(end).collect::<anyhow::Result<_>>()?;
     Ok(PolicyJson {
-        generation,
-        version,
-        digest,
-        enforce,
-        rules,
-        refused,
-        ends,
-        profiles,
-        signed,
-        container_profiles,
+        generation: status.generation,
+        version: status.version,
+        digest: status.digest,
+        enforce: status.enforce,
+        rules: status.rules,
+        refused: status.refused,
+        ends: status.ends.into_iter().map(end).collect::<anyhow::Result<_>>()?,
+        profiles: status.profiles,
+        signed: status.signed,
+        container_profiles: status.container_profiles,
     })
 }
 

@@ -34,10 +34,10 @@ pub(super) struct ListProfiles {
 impl Profiles {
     /// The same files with these profiles.
     pub(super) fn with(self, files: PolicyFiles) -> PolicyFiles {
-        match self.names.is_empty() {
-            true => files,
-            false => PolicyFiles { profiles: self.names, profile_dir: self.profile_dir, ..files },
+        if self.names.is_empty() {
+            return files;
         }
+        PolicyFiles { profiles: self.names, profile_dir: self.profile_dir, ..files }
     }
 }
 

@@ -283,7 +283,7 @@ fn decide(
     let decisions = decisions(policy, finding, members, session);
     let accepted = decisions.iter().filter(|one| one.verdict.is_accept()).count() as u64;
     let files = decisions.len() as u64;
-    let is_listed = files > 1 || !members.is_empty() && finding.kind != Kind::PackageTransaction;
+    let is_listed = !members.is_empty() && finding.kind != Kind::PackageTransaction;
     let last = decisions.iter().rfind(|one| !one.verdict.is_accept()).or(decisions.last());
     let Some(Decision { verdict, severity }) = last.cloned() else {
         return DecisionJson::default();

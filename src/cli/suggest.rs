@@ -17,7 +17,7 @@ use super::output::{safe, short, write};
 use super::pages::{fetch_all, fetch_pages};
 use super::rehearse::{accepted_files, fetch_members};
 use crate::api::{convert, proto};
-use crate::model::{Finding, FindingId, Kind, Severity};
+use crate::model::{Finding, FindingId, Kind};
 use crate::policy::suggest::{By, Proposed, Selected, Suggestion, suggest};
 use crate::policy::{self, Policy, PolicyFile};
 
@@ -169,7 +169,7 @@ fn is_accepted(policy: &Policy, Selected { finding, members }: &Selected) -> boo
 
 fn line(finding: &Finding) -> String {
     let id = short(&finding.id.to_string());
-    let severity = Severity::name(finding.severity);
+    let severity = finding.severity;
     let text = format!("{id} {severity} {} {}", finding.kind, subject(finding));
     // A comment has one line.
     safe(&text)

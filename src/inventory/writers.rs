@@ -94,12 +94,11 @@ impl Writers {
         known.find(|(known, _)| *known == finding).map(|(_, unpacking)| unpacking)
     }
 
-    /// The origin of the script that this process, or one above it, runs, and the finding that
-    /// reports the script.
-    pub fn unpacking_above(&self, process: &Process) -> Option<(FindingId, &Unpacking)> {
+    /// The origin of the script that this process, or one above it, runs.
+    pub fn unpacking_above(&self, process: &Process) -> Option<&Unpacking> {
         let mut newest = self.unpacked.iter().rev();
         let (_, finding) = newest.find(|(one, _)| process.may_descend_from(*one))?;
-        Some((*finding, self.unpacking(*finding)?))
+        self.unpacking(*finding)
     }
 
     /// The same process, as it is known already: the kernel's records do not have its start

@@ -134,9 +134,7 @@ fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<
     let is_script = matches!(kind, Kind::ExecScript | Kind::ExecInterpreted);
     let process = used.process.filter(|_| is_script)?;
     content?;
-    let above = |process: &Process| {
-        entry.writers.unpacking_above(process).map(|(_, unpacking)| unpacking.clone())
-    };
+    let above = |process: &Process| entry.writers.unpacking_above(process).cloned();
     let Some(writer) = used.writer else {
         // Written just now, most likely by the script that hands it to the interpreter.
         return above(process).filter(|_| kind == Kind::ExecInterpreted);
