@@ -101,9 +101,7 @@ impl Test {
                 Some(directory) => rules_of(directory)?.files,
                 None => in_force.files.clone(),
             };
-            let is_there = |file: &PolicyFile| files.iter().any(|one| one.profile == file.profile);
-            let added = profiles.iter().filter(|file| !is_there(file));
-            let files = files.iter().chain(added).cloned().collect();
+            let files = with_profiles(&files, profiles);
             let tested = policy::parse(directory.as_deref().unwrap_or(Path::new("")), files)?;
             let sets =
                 Sets { in_force: Policy::rehearsed(&in_force), tested: Policy::rehearsed(&tested) };
@@ -112,6 +110,15 @@ impl Test {
         one(&result, output.format, || text(&result))?;
         Ok(Exit::Clean)
     }
+}
+
+/// The files with these profiles for all containers. One that is there already, perhaps only for
+/// containers that ask for it, gives way.
+fn with_profiles(files: &[PolicyFile], profiles: Vec<PolicyFile>) -> Vec<PolicyFile> {
+    let is_tried =
+        |file: &PolicyFile| profiles.iter().any(|profile| profile.profile == file.profile);
+    let others: Vec<PolicyFile> = files.iter().filter(|file| !is_tried(file)).cloned().collect();
+    others.into_iter().chain(profiles).collect()
 }
 
 /// The rules of a directory.
@@ -347,5 +354,23 @@ fn describe(decision: &DecisionJson) -> String {
             let action = decision.action.as_deref().map(|action| format!(", {action}"));
             format!("{severity}{}{rule}", action.unwrap_or_default())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_that_containers_may_ask_for_is_tried_on_all_of_them() {
+        let profile = |by_label| PolicyFile {
+            profile: Some("pip".to_owned()),
+            by_label,
+            ..PolicyFile::new("pip.toml", "")
+        };
+        let own = PolicyFile::new("10-app.toml", "");
+        let in_force = [own.clone(), profile(true)];
+        assert_eq!(with_profiles(&in_force, vec![profile(false)]), [own, profile(false)]);
+        assert_eq!(with_profiles(&in_force, Vec::new()), in_force);
     }
 }

@@ -84,9 +84,9 @@ pub(super) struct Changes {
 impl Changes {
     pub(super) fn of(from: &PolicyFiles) -> Changes {
         let (sender, events) = mpsc::channel(1);
-        let directories =
-            [Some(&from.dir), Some(&from.profile_dir).filter(|_| !from.profiles.is_empty())];
-        let directories: Vec<PathBuf> = directories.into_iter().flatten().cloned().collect();
+        let has_profiles = !from.profiles.is_empty() || !from.container_profiles.is_empty();
+        let profiles = has_profiles.then(|| from.profile_dir.clone());
+        let directories: Vec<PathBuf> = profiles.into_iter().chain([from.dir.clone()]).collect();
         let own = directories.clone();
         let watched = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // One that waits stands for all others. What lies beside the directory is no change.
