@@ -171,7 +171,7 @@ impl Node {
             };
             let is_images = path.file_name() == b"tool"
                 && state.blake3() == Some(container.tool)
-                && !state.could_change;
+                && !state.could_change.is_possible();
             let what = if is_images { Reported::Image } else { Reported::Drift };
             if pids.contains_key(&process.identity.pid) {
                 reported.insert(process.identity.pid, what);

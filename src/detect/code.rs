@@ -31,7 +31,8 @@ pub(super) fn assess_code(
         (Kind::ExecInterpreted, Filesystem::Volume) => Severity::Low,
         _ => severity,
     };
-    let origins = origin(image, state).filter(|_| known.is_none() || !state.could_change);
+    let origins =
+        origin(image, state).filter(|_| known.is_none() || !state.could_change.is_possible());
     if let Some(origins) = origins {
         // KnownBaseline code from an unusual place: it can be loaded instead of other code.
         let expected = origins.into_iter().next();

@@ -22,7 +22,7 @@ pub(super) fn same(known: &KnownBaseline, state: &FileState) -> bool {
 /// Whether a file that was run held what the image has there, and could not have held
 /// anything else at that moment.
 pub(super) fn ran_as_known(known: &KnownBaseline, state: &FileState) -> bool {
-    same(known, state) && !state.could_change
+    same(known, state) && !state.could_change.is_possible()
 }
 
 /// Whether the image has a program at `path`.

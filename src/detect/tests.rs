@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::baseline::blake3_of;
 use crate::model::{
-    Ancestor, Content, EntryPoint, FileState, FileType, Format, PathGlobs, Process,
+    Ancestor, Content, CouldChange, EntryPoint, FileState, FileType, Format, PathGlobs, Process,
     ProcessIdentity, RootfsPath, Sha256Hash, Unhashed,
 };
 
@@ -61,7 +61,7 @@ fn state(mode: u32, format: &str, content: &str) -> FileState {
         capability: None,
         content: content_of,
         deleted: false,
-        could_change: false,
+        could_change: CouldChange::No,
     }
 }
 
@@ -81,7 +81,10 @@ fn fact(line: &str) -> FileFact {
     let words: Vec<&str> = line.split_whitespace().collect();
     let path = || RootfsPath::new(words[1]).unwrap();
     let state = || FileState {
-        could_change: words.get(5) == Some(&"written-to"),
+        could_change: match words.get(5) {
+            Some(&"written-to") => CouldChange::HadWriter,
+            _ => CouldChange::No,
+        },
         ..state(u32::from_str_radix(words[2], 8).unwrap(), words[3], words[4])
     };
     match words[0] {

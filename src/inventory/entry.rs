@@ -292,7 +292,8 @@ impl Entry {
         if finding.kind == Kind::PackageTransaction
             && let Some(process) = &finding.process
         {
-            self.writers.remember_package_manager(Arc::new(process.clone()));
+            let process = Arc::new(process.clone());
+            let _ = self.writers.remember_package_manager(process, None, |_| false);
         }
         self.findings.insert(finding);
     }

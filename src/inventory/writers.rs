@@ -9,6 +9,7 @@ use crate::model::{Ancestor, Blake3Hash, FindingId, Process, ProcessIdentity, is
 
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
+const MAX_CANDIDATES: usize = 16;
 /// Contents of one container that a linker has written and that are remembered as such.
 const MAX_LINKED: usize = 1024;
 /// Processes of one container that run unpacked scripts and are remembered as such, and
@@ -20,8 +21,11 @@ pub struct Writers {
     /// Contents that a linker has written, each with the linker's process: its program
     /// and its parents, and no more.
     linked: HashMap<Blake3Hash, Process>,
-    /// The newest package managers at work, a parent before its children.
+    /// The newest package managers at work, a parent before its children, each with the first
+    /// one that did the same work.
     package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
+    /// Processes that may be package managers; their programs have not been read yet.
+    candidates: VecDeque<Arc<Process>>,
     /// Findings about what was unpacked.
     unpackings: VecDeque<(FindingId, Unpacking)>,
     /// Processes that run scripts which were unpacked here, each with the finding that reports
@@ -37,15 +41,50 @@ pub struct Unpacking {
 }
 
 impl Writers {
-    /// A descendant of a known package manager belongs to that one.
-    pub fn remember_package_manager(&mut self, process: Arc<Process>) {
+    /// A descendant of a known package manager belongs to that one. A package manager that the
+    /// container's own work runs once more, or right after another one, continues the
+    /// transaction of the first one, if `continues` allows it. Returns that first one.
+    pub fn remember_package_manager(
+        &mut self,
+        process: Arc<Process>,
+        init: Option<ProcessIdentity>,
+        continues: impl Fn(&Process) -> bool,
+    ) -> Option<Arc<Process>> {
         if self.package_manager_of(&process).is_some() {
-            return;
+            return None;
         }
+        let first = init.and_then(|init| {
+            let own = Work::of(&process, init)?;
+            let known = self.package_managers.iter().map(|(_, first)| first);
+            let known = known.filter_map(|first| Some((first, Work::of(first, init)?)));
+            let mut same = known.clone().filter(|(_, work)| own.is_same(work)).peekable();
+            // If an exception accepted the same work, it may accept this too.
+            if same.peek().is_some() {
+                return same.map(|(first, _)| first).find(|first| continues(first));
+            }
+            let mut beside = known.filter(|(_, work)| own.is_of_one_script(work));
+            beside.find(|(first, _)| continues(first)).map(|(first, _)| first)
+        });
+        let first = first.cloned();
         if self.package_managers.len() == MAX_PACKAGE_MANAGERS {
             self.package_managers.pop_front();
         }
-        self.package_managers.push_back((process.identity, process));
+        let known = first.clone().unwrap_or_else(|| process.clone());
+        self.package_managers.push_back((process.identity, known));
+        first
+    }
+
+    /// Remembers a process that is a package manager if its program turns out to be a copy of
+    /// the image's.
+    pub fn remember_candidate(&mut self, process: Arc<Process>) {
+        if self.candidates.len() == MAX_CANDIDATES {
+            self.candidates.pop_front();
+        }
+        self.candidates.push_back(process);
+    }
+
+    pub fn take_candidates(&mut self) -> VecDeque<Arc<Process>> {
+        std::mem::take(&mut self.candidates)
     }
 
     /// The package manager that this process is or descends from: the outermost.
@@ -111,5 +150,36 @@ impl Writers {
     /// The linker that has written this content.
     pub fn linked(&self, content: Blake3Hash) -> Option<&Process> {
         self.linked.get(&content)
+    }
+}
+
+/// A process and those above it in its container, up to init. What a person runs has none.
+struct Work<'a> {
+    process: &'a Process,
+    above: &'a [Ancestor],
+}
+
+impl<'a> Work<'a> {
+    fn of(process: &'a Process, init: ProcessIdentity) -> Option<Work<'a>> {
+        let at = process.ancestors.iter().position(|above| above.identity == init)?;
+        let above = &process.ancestors[..=at];
+        process.tty.is_none().then_some(Work { process, above })
+    }
+
+    /// The same program with the same arguments, run by the same programs.
+    fn is_same(&self, earlier: &Work<'_>) -> bool {
+        let Work { process, above } = self;
+        let own = |one: &Process| (one.exe.clone(), one.argv.clone(), one.uid, one.root.clone());
+        let programs = |above: &[Ancestor]| -> Option<Vec<String>> {
+            above.iter().map(|above| above.exe.clone()).collect()
+        };
+        process.argv.is_some()
+            && own(process) == own(earlier.process)
+            && programs(above).is_some_and(|above| programs(earlier.above) == Some(above))
+    }
+
+    /// One process has started both.
+    fn is_of_one_script(&self, earlier: &Work<'_>) -> bool {
+        self.above[0].identity == earlier.above[0].identity
     }
 }

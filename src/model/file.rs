@@ -186,9 +186,24 @@ pub struct FileState {
     pub content: Content,
     /// The inode has no name any more (`st_nlink == 0`).
     pub deleted: bool,
-    /// The content was read after the execution, and may differ from what was executed: the
-    /// file had a writer, or its times have changed since.
-    pub could_change: bool,
+    pub could_change: CouldChange,
+}
+
+/// Whether the content, which was read after the execution, may differ from what was executed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CouldChange {
+    #[default]
+    No,
+    /// The times of the file have changed since, and no proof is there that only its name did.
+    Unproven,
+    /// A process could write to the file.
+    HadWriter,
+}
+
+impl CouldChange {
+    pub fn is_possible(self) -> bool {
+        self != CouldChange::No
+    }
 }
 
 impl FileState {
@@ -240,7 +255,7 @@ impl fmt::Debug for FileState {
         if self.deleted {
             f.write_str(" deleted")?;
         }
-        if self.could_change {
+        if self.could_change.is_possible() {
             f.write_str(" that could change")?;
         }
         Ok(())

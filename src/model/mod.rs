@@ -30,7 +30,7 @@ pub use container::{
 };
 pub use declared_probe::{DeclaredProbe, ProbeSource};
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
-pub use file::{Content, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
+pub use file::{Content, CouldChange, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
 pub use finding::{
     Attack, Disposition, Expected, FileEvidence, Finding, Kind, Member, Outcome, Restarter,
     Severity, Verdict,

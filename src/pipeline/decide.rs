@@ -6,14 +6,14 @@
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::aggregation::Group;
+use super::aggregation::{Group, is_run};
 use super::evidence::Emission;
 use super::messages::Effect;
 use super::state::State;
-use crate::inventory::{Aspect, BaselineState, Entry};
+use crate::inventory::{Aspect, BaselineState, Entry, Reported};
 use crate::model::{
-    ContainerId, Finding, FindingId, Observation, Process, ProcessIdentity, RootfsPath, Session,
-    bytes_of_printable,
+    ContainerId, Finding, FindingId, Kind, Observation, Process, ProcessIdentity, RootfsPath,
+    Session, Source, bytes_of_printable,
 };
 use crate::policy::{Decision, Subject};
 
@@ -26,16 +26,35 @@ impl State {
     pub(super) fn decide_emission(&self, emission: &Emission<'_>) -> Decision {
         let Emission { observation, judgement, evidence, now, .. } = *emission;
         let id = FindingId::new(Some(&observation.container), judgement.kind, &evidence.subject());
-        let finding = self.make_finding(id, emission);
+        let mut finding = self.make_finding(id, emission);
+        let accepted = self.found_again(emission);
+        if let Some(accepted) = accepted {
+            recall(&mut finding, accepted);
+        }
         let session =
             self.sessions.session(&observation.container, observation.session, evidence.process);
         let subject = Subject {
             finding: &finding,
             severity: judgement.severity,
             session,
-            may_be_of_session: self.may_be_of_session(observation, evidence.process),
+            may_be_of_session: accepted.is_none()
+                && self.may_be_of_session(observation, evidence.process),
         };
         self.policy.decide(&subject, now)
+    }
+
+    /// What an exception has accepted before, if a scan finds it again. A scan knows less of it:
+    /// by then its writer has ended, or driftd was started again.
+    fn found_again(&self, emission: &Emission<'_>) -> Option<&Finding> {
+        let Emission { observation, judgement, evidence, .. } = *emission;
+        let path = evidence.path.filter(|_| observation.source == Source::Scan)?;
+        let entry = self.inventory.get(&observation.container)?;
+        let (id, reported) = entry.members.of(Aspect::Accepted(judgement.kind), path)?;
+        let expected = match judgement.kind {
+            Kind::FileRemoved => Reported::REMOVED,
+            _ => Reported::content(Some(evidence.content()?)),
+        };
+        entry.findings.get(&id).filter(|_| reported == expected)
     }
 
     /// Decides about a finding that is no judgement of a fact: about a session itself, a
@@ -70,6 +89,9 @@ impl State {
             self.accept_finding(&observation.container, finding, now, effects);
             return;
         };
+        if is_run(kind) {
+            self.remember_linked(emission);
+        }
         self.put_accepted(group, path, emission, effects);
     }
 
@@ -127,6 +149,22 @@ impl State {
         own.dedup();
         Some(own)
     }
+}
+
+/// Completes what a scan finds again by what was known when it was accepted.
+fn recall(finding: &mut Finding, accepted: &Finding) {
+    if finding.kind.is_written() || finding.process.is_none() {
+        finding.process.clone_from(&accepted.process);
+    }
+    if finding.writer.is_none() {
+        finding.writer.clone_from(&accepted.writer);
+    }
+    if let (Some(known), Some(more)) = (&mut finding.from_image, &accepted.from_image) {
+        known.extend(more);
+        known.sort_unstable();
+        known.dedup();
+    }
+    finding.after_start_milliseconds = accepted.after_start_milliseconds;
 }
 
 /// Whether an exception has accepted something about a path.

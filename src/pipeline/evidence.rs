@@ -7,8 +7,8 @@ use crate::baseline::{FileEntry, KnownBaseline};
 use crate::detect::Judgement;
 use crate::model::finding::{Subject, octal};
 use crate::model::{
-    Blake3Hash, Content, Expected, FileEvidence, FileState, Filesystem, IdMap, LowerTwin,
-    Observation, Process, RootfsPath, Verdict, capability_in_words,
+    Blake3Hash, Content, CouldChange, Expected, FileEvidence, FileState, Filesystem, IdMap,
+    LowerTwin, Observation, Process, RootfsPath, Verdict, capability_in_words,
 };
 
 /// One judgement of an observation, which becomes a finding or a part of one.
@@ -60,8 +60,8 @@ impl Evidence<'_> {
     }
 
     /// Whether the file could change between its execution and the moment it was read.
-    pub(super) fn could_change(&self) -> bool {
-        self.state.is_some_and(|state| state.could_change)
+    pub(super) fn could_change(&self) -> CouldChange {
+        self.state.map(|state| state.could_change).unwrap_or_default()
     }
 
     /// What makes the finding different from others of its kind.

@@ -15,7 +15,7 @@ use crate::inventory::{Aspect, Entry, Reported};
 use crate::model::finding::{ContainerEvidence, SCHEMA};
 use crate::model::{
     Blake3Hash, ContainerId, FileState, Finding, FindingId, ImageReference, Kind, Observation,
-    ProcessIdentity, RootfsPath, Source, Verdict,
+    Process, ProcessIdentity, RootfsPath, Source, Verdict,
 };
 use crate::policy::Decision;
 
@@ -33,6 +33,9 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        let linker = self.linker_of(observation, assessment, evidence);
+        let writer = evidence.writer.or(linker.as_ref());
+        let evidence = &Evidence { writer, ..*evidence };
         for judgement in &assessment.judgements {
             let verdict = self.policy.report();
             let emission = Emission { observation, judgement, evidence, verdict: &verdict, now };
@@ -44,6 +47,20 @@ impl State {
             let judgement = &Judgement { severity, ..judgement.clone() };
             self.emit_one(&Emission { judgement, verdict: &verdict, ..emission }, effects);
         }
+    }
+
+    /// The linker that has made this content, if its writer is not known here: a build copies
+    /// what it has linked, and runs it before the change feed has read what was written.
+    fn linker_of(
+        &self,
+        observation: &Observation,
+        assessment: &Assessment,
+        evidence: &Evidence<'_>,
+    ) -> Option<Process> {
+        let is_code = assessment.judgements.iter().any(|judgement| is_run(judgement.kind));
+        let content = evidence.content().filter(|_| is_code && evidence.writer.is_none())?;
+        let entry = self.inventory.get(&observation.container)?;
+        entry.writers.linked(content).cloned()
     }
 
     fn emit_one(&mut self, emission: &Emission<'_>, effects: &mut Vec<Effect>) {
@@ -140,7 +157,7 @@ impl State {
             finding.file = removed.map(|(path, known)| removed_evidence(path, known));
         }
         // What could change may have another writer than the one that is known.
-        if !evidence.could_change() {
+        if !evidence.could_change().is_possible() {
             let processes = finding.process.iter().chain(&finding.writer);
             finding.from_image = State::from_image(entry, processes);
         }
@@ -211,7 +228,7 @@ fn detail(emission: &Emission<'_>, entry: Option<&Entry>) -> Option<String> {
         Some(homes) if homes.as_bytes() == b"/home" => format!("it counts as {path}"),
         _ => format!("the container reaches it as {path}"),
     });
-    let could_change = evidence.could_change().then(|| COULD_CHANGE.to_owned());
+    let could_change = evidence.could_change().is_possible().then(|| COULD_CHANGE.to_owned());
     let is_program_of_scan = observation.source == Source::Scan
         && evidence.process.is_none()
         && evidence.state.is_some_and(FileState::is_program);

@@ -21,12 +21,12 @@ use crate::health::{Failure, Health};
 use crate::history::{MemberChange, Reader, Record};
 use crate::inventory::BaselineState;
 use crate::model::{
-    self, Ancestor, ChainId, Container, ContainerId, Content, DeclaredProbe, DiffId, Entry as By,
-    EntryPoint, Exit, Fact, FileFact, FileState, FileTime, FileType, Filesystem, Finding,
-    FindingId, Format, IdMap, IdRange, ImageReference, Incarnation, Interactive, Kind, Layer,
-    LayerFile, LayerId, LowerTwin, Member, Observation, Opening, OverlayDirs, Probe, ProbeSource,
-    Process, ProcessIdentity, Restarter, RootfsPath, Run, Script, Session, SessionFact,
-    SessionState, Severity, Sha256Hash, Source, Task,
+    self, Ancestor, ChainId, Container, ContainerId, Content, CouldChange, DeclaredProbe, DiffId,
+    Entry as By, EntryPoint, Exit, Fact, FileFact, FileState, FileTime, FileType, Filesystem,
+    Finding, FindingId, Format, IdMap, IdRange, ImageReference, Incarnation, Interactive, Kind,
+    Layer, LayerFile, LayerId, LowerTwin, Member, Observation, Opening, OverlayDirs, Probe,
+    ProbeSource, Process, ProcessIdentity, Restarter, RootfsPath, Run, Script, Session,
+    SessionFact, SessionState, Severity, Sha256Hash, Source, Task,
 };
 use crate::policy::{self, Policy, PolicyFile};
 use crate::respond::{Action, Response, ResponseRequest, TOO_MANY};
@@ -565,7 +565,7 @@ fn state_of(content: &str) -> FileState {
             sha256: Some(Sha256Hash([0; 32])),
         },
         deleted: false,
-        could_change: false,
+        could_change: CouldChange::No,
     }
 }
 

@@ -18,10 +18,10 @@ use crate::containerd::{Error, Killed, RuntimeEvent};
 use crate::health::Health;
 use crate::history::Record;
 use crate::model::{
-    Ancestor, ChainId, Container, ContainerId, Content, DiffId, EntryPoint, Exit, Fact, FileFact,
-    FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels, Layer, LayerId,
-    Observation, Opening, OverlayDirs, Pod, Process, ProcessIdentity, RootfsPath, Run,
-    Script as ScriptFact, SessionFact, Source, Task,
+    Ancestor, ChainId, Container, ContainerId, Content, CouldChange, DiffId, EntryPoint, Exit,
+    Fact, FileFact, FileState, FileType, Finding, ImageReference, Incarnation, Interactive, Labels,
+    Layer, LayerId, Observation, Opening, OverlayDirs, Pod, Process, ProcessIdentity, RootfsPath,
+    Run, Script as ScriptFact, SessionFact, Source, Task,
 };
 use crate::pipeline::{ApiRequest, Effect, Input, State};
 use crate::policy::Policy;
@@ -600,7 +600,7 @@ fn state_of(step: &FileStep) -> FileState {
         capability: None,
         content: Content::Hashed { blake3: blake3_of(&step.content), sha256: None },
         deleted: false,
-        could_change: false,
+        could_change: CouldChange::No,
     }
 }
 

@@ -45,7 +45,7 @@ impl AsFd for Closings {
     }
 }
 
-const MASK: u64 = libc::FAN_CLOSE_WRITE | libc::FAN_OPEN_EXEC | libc::FAN_EVENT_ON_CHILD;
+const MASK: u64 = libc::FAN_CLOSE_WRITE | libc::FAN_OPEN_EXEC;
 
 /// The bytes of one read: some hundred events.
 pub const READ_BYTES: usize = 16 * 1024;
@@ -71,9 +71,16 @@ impl Closings {
     }
 
     fn change(&self, directory: BorrowedFd<'_>, action: MarkFlags) -> io::Result<()> {
-        let mask = MaskFlags::from_bits_retain(MASK);
+        let mask = MaskFlags::from_bits_retain(MASK | libc::FAN_EVENT_ON_CHILD);
         let flags = action | MarkFlags::FAN_MARK_ONLYDIR;
         Ok(self.fanotify.mark(flags, mask, directory, Some("."))?)
+    }
+
+    /// From now on, an open file is reported, whatever its name and directory are. The mark ends
+    /// with the file.
+    pub fn mark_file(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        let mask = MaskFlags::from_bits_retain(MASK);
+        Ok(self.fanotify.mark(MarkFlags::FAN_MARK_ADD, mask, file, None::<&str>)?)
     }
 
     /// Reads the events that are there, at most as many as the buffer holds; `WouldBlock` if

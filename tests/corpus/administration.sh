@@ -1,4 +1,6 @@
 # Administration: accounts, capabilities, repositories with hooks, copies of programs, modes.
+# Reported: high file.persistence /etc/
+# Reported: high file.privileged /opt/backup/web
 # Attack: high file.privileged /usr/bin/perl
 
 export HOME=/root

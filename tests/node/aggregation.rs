@@ -317,7 +317,8 @@ pub(crate) fn package(
     );
     write(&tree.join("DEBIAN/control"), control.as_bytes(), 0o644)?;
     let script = b"#!/bin/bash\n/bin/cp /usr/bin/tiny /usr/bin/nmap-helper\n\
-        ( printf '\\177ELF\\2\\1\\1\\0\\0\\0\\0\\0\\0\\0\\0\\0\\2\\0\\76\\0' > /usr/bin/nmap-shell )\ntrue\n";
+        ( printf '\\177ELF\\2\\1\\1\\0\\0\\0\\0\\0\\0\\0\\0\\0\\2\\0\\76\\0' > /usr/bin/nmap-shell )\n\
+        [ ! -e /.control/passwd ] || /usr/sbin/useradd write /.control/passwd /etc/passwd\n";
     write(&tree.join("DEBIAN/postinst"), script, 0o755)?;
     fs::set_permissions(&tree, fs::Permissions::from_mode(0o755))?;
     let file = scratch.path().join("nmap.deb");

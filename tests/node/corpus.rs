@@ -1,14 +1,16 @@
 //! Ordinary work in a whole distribution's container, twelve workloads side by side for
-//! half an hour (`make corpus`): driftd, as installed, reports next to nothing about them,
-//! and an attack in each of these containers at full severity.
+//! an hour (`make corpus`): driftd, as installed, reports next to nothing about them,
+//! with rules nothing at all, and an attack in each of these containers at full severity.
 //!
-//! A workload is a file in `tests/corpus/`. Two builds of driftd watch the same
-//! containers at the same time, this one and an older one. `CORPUS_SECONDS` makes it
-//! shorter, to see that it runs; the limit for each hour then does not apply.
+//! A workload is a file in `tests/corpus/`. Three daemons watch the same containers at the same
+//! time: this build with its default settings, this build with the rules of
+//! `tests/corpus/rules.toml` and the shipped profiles, and an older build. `CORPUS_SECONDS`
+//! makes it shorter, to see that it runs; the limit for each hour then does not apply.
 //! `CORPUS_ONLY` names the workloads, separated by commas.
 
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -22,6 +24,7 @@ use serde_json::Value;
 use crate::node::{
     Container, Node, Setup, bench, end, spawn_daemon, summaries, tail, talk, wait_for, wait_within,
 };
+use crate::profiles::lay_profiles;
 use crate::{run_without_driftd, test_without_node};
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -36,7 +39,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 const IMAGE: &str = "registry.test/corpus:1";
 
 /// How long each workload goes on.
-const LENGTH: Duration = Duration::from_secs(30 * 60);
+const LENGTH: Duration = Duration::from_secs(60 * 60);
 
 /// A workload rests this many times as long as it has worked, so that two processors
 /// suit twelve of them.
@@ -50,6 +53,9 @@ const PART: f64 = 0.2;
 
 /// How long the image's import, its baseline, or an attack's findings may take.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How lines of a workload's head begin that name a finding which is meant.
+const REPORTED: &str = "Reported: ";
 
 /// In every container, beside the workload's own attack.
 const ATTACK: &str = r#"
@@ -75,6 +81,9 @@ struct Workload {
     about: String,
     /// The finding that its own attack must cause, as `SEVERITY KIND PATH`.
     attack: String,
+    /// What driftd is meant to report of the work itself, in the same form: it must be
+    /// reported, and does not count.
+    reported: Vec<String>,
     script: String,
 }
 
@@ -83,6 +92,9 @@ fn workloads() -> anyhow::Result<Vec<Workload>> {
     let mut workloads = Vec::new();
     for entry in fs::read_dir(&directory)? {
         let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "sh") {
+            continue;
+        }
         let name = path.file_stem().context("a name")?.to_string_lossy().into_owned();
         workloads.push(read(&name, &path).with_context(|| path.display().to_string())?);
     }
@@ -102,10 +114,14 @@ fn read(name: &str, path: &Path) -> anyhow::Result<Workload> {
     }
     let parsed = Command::new("sh").arg("-n").arg(path).output()?;
     ensure!(parsed.status.success(), "{}", talk(&parsed));
+    let (reported, about): (Vec<&str>, Vec<&str>) =
+        about.iter().partition(|line| line.starts_with(REPORTED));
+    let reported = reported.iter().filter_map(|line| line.strip_prefix(REPORTED));
     Ok(Workload {
         name: name.to_owned(),
         about: about.join(" "),
         attack: attack.to_owned(),
+        reported: reported.map(str::to_owned).collect(),
         script,
     })
 }
@@ -138,7 +154,7 @@ echo "rounds: $rounds"
     }
 }
 
-/// A driftd with its default settings.
+/// A driftd that watches the corpus.
 struct Daemon {
     name: &'static str,
     program: PathBuf,
@@ -147,7 +163,13 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(node: &Node, name: &'static str, program: PathBuf) -> anyhow::Result<Daemon> {
+    /// Starts one with its default settings, and with this table of them.
+    fn start(
+        node: &Node,
+        name: &'static str,
+        program: PathBuf,
+        policy: &str,
+    ) -> anyhow::Result<Daemon> {
         let directory = node.path(name);
         fs::create_dir(&directory)?;
         let settings = directory.join("driftd.toml");
@@ -157,7 +179,7 @@ impl Daemon {
             &settings,
             format!(
                 "state_dir = \"{here}/state\"\nsocket = \"{here}/driftd.sock\"\n\
-                 [containerd]\nsockets = [\"{}\"]\n",
+                 [containerd]\nsockets = [\"{}\"]\n{policy}",
                 containerd.display()
             ),
         )?;
@@ -221,6 +243,24 @@ impl Drop for Daemon {
     }
 }
 
+/// The settings of a daemon with rules: the shipped profiles, and the exceptions that an
+/// administrator of these containers writes.
+fn rules(node: &Node) -> anyhow::Result<String> {
+    lay_profiles(node)?;
+    let directory = node.path("rules");
+    fs::create_dir(&directory)?;
+    let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/rules.toml");
+    let own = directory.join("corpus.toml");
+    fs::write(&own, fs::read(rules)?)?;
+    fs::set_permissions(&own, fs::Permissions::from_mode(0o644))?;
+    Ok(format!(
+        "[policy]\ndir = \"{}\"\nprofile_dir = \"{}\"\nprofiles = [\"apt\", \"ci-runner\", \
+         \"jvm-native-libraries\", \"pip\"]\n",
+        directory.display(),
+        node.path("baselines").display()
+    ))
+}
+
 fn is_worth_a_page(finding: &Value) -> bool {
     finding["severity"].as_str().is_some_and(|one| ["medium", "high", "critical"].contains(&one))
 }
@@ -229,9 +269,12 @@ fn is_worth_a_page(finding: &Value) -> bool {
 struct Outcome {
     minutes: f64,
     rounds: String,
-    /// Findings at medium or above, of the older build and of this one.
+    /// Findings at medium or above: of the older build, and of this one with and without rules.
     older: usize,
     ours: Vec<String>,
+    ruled: Vec<String>,
+    /// What is meant to be reported of the work, and was not.
+    absent: Vec<String>,
     /// Attacks that were not reported, each alone and at full severity.
     missed: Vec<String>,
 }
@@ -253,9 +296,11 @@ fn corpus(node: &Arc<Node>) -> anyhow::Result<()> {
     let results = Path::new(env!("CARGO_TARGET_TMPDIR")).join("corpus");
     fs::create_dir_all(&results)?;
     node.import(&file("CORPUS_IMAGE")?)?;
-    let older = Daemon::start(node, "older", file("CORPUS_AGAINST")?)?;
-    let ours = Daemon::start(node, "ours", file("DRIFTD_PROGRAM")?)?;
-    let sides = [&older, &ours];
+    let older = Daemon::start(node, "older", file("CORPUS_AGAINST")?, "")?;
+    let program = file("DRIFTD_PROGRAM")?;
+    let ours = Daemon::start(node, "ours", program.clone(), "")?;
+    let ruled = Daemon::start(node, "ruled", program, &rules(node)?)?;
+    let sides = [&older, &ours, &ruled];
 
     let mut containers = Vec::new();
     for workload in &workloads {
@@ -312,7 +357,7 @@ fn play(
     workload: &Workload,
     container: &Container<'_>,
     length: Duration,
-    sides: [&Daemon; 2],
+    sides: [&Daemon; 3],
     results: &Path,
 ) -> anyhow::Result<Outcome> {
     let began = Instant::now();
@@ -325,7 +370,7 @@ fn play(
     // What was written last is judged after it has settled.
     thread::sleep(Duration::from_secs(5));
     let minutes = began.elapsed().as_secs_f64() / 60.0;
-    let [older, ours] = sides.map(|side| {
+    let [older, ours, ruled] = sides.map(|side| {
         let mut findings = side.findings(&container.id)?;
         let mut lines = String::new();
         for finding in &findings {
@@ -340,22 +385,43 @@ fn play(
         .begin(&format!("{}\nset -e\ncd /\n{ATTACK}", workload.script))?
         .finish(PATIENCE)?;
     ensure!(ran.status == 0, "the attack failed: {ran:?}");
-    let expected: Vec<&str> = ATTACK_IS.into_iter().chain([&*workload.attack]).collect();
+    let mut missed = Vec::new();
+    for side in &sides[1..] {
+        let expected = ATTACK_IS.into_iter().chain([&*workload.attack]);
+        missed.extend(missing(side, container, expected.collect())?);
+    }
+    let mut ours = ours?;
+    let mut absent = Vec::new();
+    for meant in &workload.reported {
+        match ours.iter().position(|line| line.starts_with(meant)) {
+            Some(at) => drop(ours.remove(at)),
+            None => absent.push(meant.clone()),
+        }
+    }
+    Ok(Outcome { minutes, rounds, older: older?.len(), ours, ruled: ruled?, absent, missed })
+}
+
+/// Which of these findings of an attack a daemon does not report, each alone.
+fn missing(
+    side: &Daemon,
+    container: &Container<'_>,
+    expected: Vec<&str>,
+) -> anyhow::Result<Vec<String>> {
     let mut missed = Vec::new();
     let all_reported = wait_within(Duration::from_secs(60), "the attack's findings", || {
-        let mut findings = sides[1].findings(&container.id)?;
+        let mut findings = side.findings(&container.id)?;
         // A finding for several files does not name this file.
         findings.retain(|finding| finding["files"].is_null());
         let lines = summaries(&findings);
         missed = expected
             .iter()
             .filter(|one| !lines.iter().any(|line| line.starts_with(**one)))
-            .map(|one| (*one).to_owned())
+            .map(|one| format!("{}: {one}", side.name))
             .collect();
         Ok(missed.is_empty().then_some(()))
     });
     ensure!(all_reported.is_ok() || !missed.is_empty(), "{all_reported:?}");
-    Ok(Outcome { minutes, rounds, older: older?.len(), ours: ours?, missed })
+    Ok(missed)
 }
 
 type Row<'a> = (&'a Workload, &'a Outcome);
@@ -374,27 +440,35 @@ fn total(rows: &[Row<'_>]) -> (usize, usize) {
 
 fn table(rows: &[Row<'_>]) -> String {
     let mut text = String::from(
-        "| workload | what it does | rounds | 0.1.0 | now | now, each hour | attack reported |\n\
-         |---|---|---|---|---|---|---|\n",
+        "| workload | what it does | rounds | 0.1.0 | now | now, each hour | with rules | attack reported |\n\
+         |---|---|---|---|---|---|---|---|\n",
     );
     for (workload, outcome) in rows {
         let attack = if outcome.missed.is_empty() { "yes" } else { "**no**" };
         let _ = writeln!(
             text,
-            "| `{}` | {} | {} | {} | {} | {:.1} | {attack} |",
+            "| `{}` | {} | {} | {} | {} | {:.1} | {} | {attack} |",
             workload.name,
             workload.about,
             outcome.rounds,
             outcome.older,
             outcome.ours.len(),
             an_hour(outcome.ours.len(), outcome.minutes),
+            outcome.ruled.len(),
         );
     }
     let (older, ours) = total(rows);
-    let _ = writeln!(text, "| all | | | {older} | {ours} | | |");
+    let ruled: usize = rows.iter().map(|(_, outcome)| outcome.ruled.len()).sum();
+    let _ = writeln!(text, "| all | | | {older} | {ours} | | {ruled} | |");
     for (workload, outcome) in rows {
         for line in &outcome.ours {
             let _ = writeln!(text, "{}: {line}", workload.name);
+        }
+        for line in &outcome.ruled {
+            let _ = writeln!(text, "{}: in spite of the rules: {line}", workload.name);
+        }
+        for line in &outcome.absent {
+            let _ = writeln!(text, "{}: not reported: {line}", workload.name);
         }
         for line in &outcome.missed {
             let _ = writeln!(text, "{}: not reported alone: {line}", workload.name);
@@ -409,6 +483,12 @@ fn judge(rows: &[Row<'_>], length: Duration) -> anyhow::Result<()> {
         let hourly = an_hour(outcome.ours.len(), outcome.minutes);
         if length >= LENGTH && hourly > AN_HOUR {
             broken.push(format!("{}: {hourly:.1} findings an hour", workload.name));
+        }
+        if !outcome.ruled.is_empty() {
+            broken.push(format!("{}: {:?} in spite of the rules", workload.name, outcome.ruled));
+        }
+        if length >= LENGTH && !outcome.absent.is_empty() {
+            broken.push(format!("{}: {:?} not reported", workload.name, outcome.absent));
         }
         if !outcome.missed.is_empty() {
             broken.push(format!("{}: {:?} not reported", workload.name, outcome.missed));

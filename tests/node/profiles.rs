@@ -31,9 +31,9 @@ pub(crate) fn tests() -> Vec<Trial> {
 /// The shipped profiles.
 const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/baselines");
 
-/// Puts the profiles where the node looks for them. Those of a working copy may belong to a user
+/// Puts the profiles below the node's directory. Those of a working copy may belong to a user
 /// that is not trusted.
-fn lay_profiles(node: &Node) -> anyhow::Result<()> {
+pub(crate) fn lay_profiles(node: &Node) -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     let directory = node.path("baselines");
     std::fs::create_dir_all(&directory)?;
@@ -43,8 +43,6 @@ fn lay_profiles(node: &Node) -> anyhow::Result<()> {
         std::fs::write(&file, std::fs::read(entry.path())?)?;
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644))?;
     }
-    let reload = node.driftd(&["policy", "reload"])?;
-    ensure!(reload.status.success(), "{}", String::from_utf8_lossy(&reload.stderr));
     Ok(())
 }
 
@@ -127,6 +125,7 @@ fn image(node: &Node) -> anyhow::Result<()> {
         "/usr/bin/node",
         "/sbin/apk",
         "/home/runner/bin/Runner.Worker",
+        "/usr/sbin/useradd",
         NIX,
     ] {
         // No two files of an image are equal by accident.
@@ -238,6 +237,8 @@ fn profiles(node: &Node) -> anyhow::Result<()> {
     // Nothing was in force without them.
     ensure!(!node.status()?["policy"]["refused"].is_null());
     lay_profiles(node)?;
+    let reload = node.driftd(&["policy", "reload"])?;
+    ensure!(reload.status.success(), "{}", String::from_utf8_lossy(&reload.stderr));
     image(node)?;
     let mut failures: Vec<String> = Vec::new();
     let mut check = |name: &str, result: anyhow::Result<()>| {
@@ -342,12 +343,18 @@ fn apt(node: &Node) -> anyhow::Result<()> {
     lay(&container)?;
     let program = bench()?.payload.marked(&format!("{} nmap", container.id));
     container.lay("nmap.deb", &package(&container, &[("/usr/bin/nmap", program)])?)?;
+    container.lay("passwd", b"root:x:0:0::/:/bin/sh\nmemcache:x:1:1::/:/bin/false\n")?;
     container.sh(&format!("{INSTALL}\nsleep 3; /usr/bin/nmap"))?;
     accepted(&container, "apt")?;
     attack(
         &container,
-        "cp /.control/a /usr/bin/evil; /usr/bin/evil; cp /.control/b /usr/bin/nmap; /usr/bin/nmap",
-        &["critical exec.new /usr/bin/evil", "critical exec.new /usr/bin/nmap"],
+        "cp /.control/a /usr/bin/evil; /usr/bin/evil; cp /.control/b /usr/bin/nmap; /usr/bin/nmap
+         echo 'evil:x:0:0::/:/bin/sh' >>/etc/passwd",
+        &[
+            "critical exec.new /usr/bin/evil",
+            "critical exec.new /usr/bin/nmap",
+            "high file.persistence /etc/passwd",
+        ],
     )
 }
 

@@ -8,8 +8,8 @@ use crate::baseline::ImageBaseline;
 use crate::detect;
 use crate::inventory::{Aspect, Entry, Reported, Unpacking};
 use crate::model::{
-    Ancestor, Blake3Hash, ContainerId, FindingId, Kind, Process, ProcessIdentity, RootfsPath,
-    Severity, generated, is_linker, programs,
+    Ancestor, Blake3Hash, ContainerId, CouldChange, FindingId, Kind, Process, ProcessIdentity,
+    RootfsPath, Severity, generated, is_linker, programs,
 };
 
 /// Code that was run or loaded.
@@ -19,7 +19,7 @@ pub(super) struct Used<'a> {
     pub(super) process: Option<&'a Process>,
     pub(super) writer: Option<&'a Process>,
     /// The file may have held other code when it was run.
-    pub(super) could_change: bool,
+    pub(super) could_change: CouldChange,
     /// A person may type the commands of the process.
     pub(super) is_interactive: bool,
     /// The container's init.
@@ -94,7 +94,7 @@ fn any_name_beside(path: &RootfsPath) -> Option<Vec<u8>> {
 /// The transaction that has brought a file with the content that was run.
 fn brought_by(entry: &Entry, container: &ContainerId, used: &Used<'_>) -> Option<FindingId> {
     let Candidate { path, content, .. } = used.file;
-    content.filter(|_| !used.could_change)?;
+    content.filter(|_| !used.could_change.is_possible())?;
     let written = entry.members.of(Aspect::Written, path);
     if let Some((id, reported)) = written
         && reported == Reported::content(content)
@@ -108,9 +108,11 @@ fn brought_by(entry: &Entry, container: &ContainerId, used: &Used<'_>) -> Option
 
 /// The linker of the image that has made the code, if the process belongs to the tree of
 /// processes that has run the linker. What a person runs interactively is no build. A copy of
-/// a linked file (`make install`) has the same content, and counts.
+/// a linked file (`make install`) has the same content, and counts. A build removes what it has
+/// run, sometimes before it is read: that nothing proves the content then is no reason to report
+/// it alone. A writer beside the linker is one.
 fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<String> {
-    if used.could_change || used.is_interactive {
+    if used.could_change == CouldChange::HadWriter || used.is_interactive {
         return None;
     }
     let is_code = matches!(used.file.kind, Kind::ExecNew | Kind::LibraryLoaded);
@@ -128,7 +130,7 @@ fn built_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Str
 /// interactively does not count, and neither does anything worse than a script usually is.
 fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<Unpacking> {
     let Candidate { kind, severity, content, .. } = used.file;
-    if used.could_change || used.is_interactive || severity > kind.severity() {
+    if used.could_change.is_possible() || used.is_interactive || severity > kind.severity() {
         return None;
     }
     let is_script = matches!(kind, Kind::ExecScript | Kind::ExecInterpreted);
@@ -152,7 +154,7 @@ fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<
 }
 
 /// Whether the program at this path is the image's, and nothing was reported of it.
-fn is_images_own(entry: &Entry, image: &ImageBaseline, exe: &str) -> bool {
+pub(super) fn is_images_own(entry: &Entry, image: &ImageBaseline, exe: &str) -> bool {
     RootfsPath::new(exe).is_ok_and(|file| {
         detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none()
     })

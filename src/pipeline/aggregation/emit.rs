@@ -4,24 +4,22 @@
 
 use std::sync::Arc;
 
-use super::code::{Used, is_reported_as_executed, used_group};
+use super::code::{Used, is_images_own, is_reported_as_executed, used_group};
 use super::files::{copies, group};
 use super::group::{Candidate, Common, Group, is_run};
 use super::packages::{
-    accounts, files_of_package_manager, installed, is_maintainer_script, is_run_by_manager,
+    Installer, accounts, add_command, installed, is_maintainer_script, is_run_by_manager,
     is_site_hook, transaction_id,
 };
 use super::put::{MemberFile, Target};
-use crate::baseline::{ImageBaseline, KnownBaseline};
+use crate::baseline::ImageBaseline;
 use crate::detect::Judgement;
 use crate::inventory::{Aspect, BaselineState, Entry, Reported};
-use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
-    Blake3Hash, ContainerId, FileType, Filesystem, Finding, FindingId, Format, Kind, Process,
-    RootfsPath, Severity, Source,
+    Blake3Hash, ContainerId, Filesystem, Finding, FindingId, Format, Kind, Process, RootfsPath,
+    Severity, Source,
 };
-use crate::pipeline::decide::was_accepted;
 use crate::pipeline::evidence::Emission;
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
@@ -35,6 +33,7 @@ impl State {
         effects: &mut Vec<Effect>,
     ) -> bool {
         let Emission { observation, judgement, evidence, .. } = *emission;
+        self.check_candidates(&observation.container);
         let Some(entry) = self.inventory.get(&observation.container) else { return true };
         let kind = judgement.kind;
         if is_run(kind) {
@@ -125,13 +124,11 @@ impl State {
         let kind = judgement.kind;
         let has_own = has_own_finding(entry, container, kind, &file);
         let transaction = manager.as_ref().map(|manager| transaction_id(container, manager));
-        if let Some(manager) = manager
-            && entry
-                .members
-                .of(Aspect::Written, path)
-                .is_none_or(|known| Some(known.0) != transaction || known.1 != reported)
-        {
-            self.put(&Target::Transaction(manager), file, emission, effects);
+        if let Some(manager) = manager {
+            let known = entry.members.of(Aspect::Written, path);
+            if known.is_none_or(|known| Some(known.0) != transaction || known.1 != reported) {
+                self.put(&Target::Transaction(manager), file, emission, effects);
+            }
             if is_site_hook(path) {
                 return true;
             }
@@ -140,6 +137,15 @@ impl State {
             return false;
         }
         let Some(entry) = self.inventory.get(container) else { return true };
+        // A scan knows less of what was reported already.
+        if observation.source == Source::Scan
+            && let Some((id, known)) = entry.members.of(Aspect::of(kind), path)
+            && known == reported
+            && let Some(finding) = entry.findings.get(&id)
+            && finding.severity >= judgement.severity
+        {
+            return true;
+        }
         let candidate = candidate(judgement, path, content, None);
         let transaction = transaction.or_else(|| during(entry, emission));
         let common = match (transaction, &entry.baseline.state) {
@@ -182,7 +188,7 @@ impl State {
             && known == reported
             && let Some(finding) = entry.findings.get(&id)
             && finding.severity >= judgement.severity
-            && !evidence.could_change()
+            && !evidence.could_change().is_possible()
         {
             let is_single = finding.files.is_none();
             self.runs_unpacked(container, id, process);
@@ -193,11 +199,8 @@ impl State {
             return true;
         }
         let Some(group) = self.code_group(entry, path, emission) else { return false };
-        if let (Some(Common::Built { .. }), Some(writer), Some(content)) =
-            (&group.common, evidence.writer, content)
-            && let Some(entry) = self.inventory.get_mut(container)
-        {
-            entry.writers.remember_linked(content, writer);
+        if matches!(group.common, Some(Common::Built { .. })) {
+            self.remember_linked(emission);
         }
         let most = match &group.common {
             // A rule says how severe it is.
@@ -218,6 +221,19 @@ impl State {
         }
         self.put_or_count(group, file, &emission, effects);
         true
+    }
+
+    /// Remembers what a linker of the image has written.
+    pub(in crate::pipeline) fn remember_linked(&mut self, emission: &Emission<'_>) {
+        let Emission { observation, evidence, .. } = *emission;
+        if let (Some(writer), Some(content)) = (evidence.writer, evidence.content())
+            && !evidence.could_change().is_possible()
+            && let Some(entry) = self.inventory.get_mut(&observation.container)
+            && let BaselineState::Ready(image) = &entry.baseline.state
+            && writer.exe.as_deref().is_some_and(|exe| is_images_own(entry, image, exe))
+        {
+            entry.writers.remember_linked(content, writer);
+        }
     }
 
     /// Remembers a process that runs what was unpacked: what it writes belongs to that.
@@ -307,9 +323,34 @@ impl State {
         image: &ImageBaseline,
     ) {
         let Some(entry) = self.inventory.get_mut(container) else { return };
-        let Some(files) = files_of_package_manager(process) else { return };
-        if files.iter().all(|file| is_untouched(entry, image, file)) {
-            entry.writers.remember_package_manager(process.clone());
+        let Some(installer) = Installer::of(process) else { return };
+        if installer.is_of_the_image(entry, image) {
+            let Entry { run, findings, writers, .. } = entry;
+            // What an exception accepts stands apart: the next one is decided on its own.
+            let is_reported = |first: &Process| {
+                let finding = findings.get(&transaction_id(container, first));
+                finding.is_some_and(|finding| !finding.verdict.is_accept())
+            };
+            let first = writers.remember_package_manager(process.clone(), run.init, is_reported);
+            if let Some(first) = first
+                && let Some(finding) = findings.get_mut(&transaction_id(container, &first))
+            {
+                add_command(finding, process);
+            }
+        } else if installer.may_be_a_copy() {
+            entry.writers.remember_candidate(process.clone());
+        }
+    }
+
+    /// Remembers the package managers whose programs are known by now to be copies of the
+    /// image's.
+    fn check_candidates(&mut self, container: &ContainerId) {
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let candidates = entry.writers.take_candidates();
+        let BaselineState::Ready(image) = &entry.baseline.state else { return };
+        let image = image.clone();
+        for process in candidates {
+            self.package_manager(container, &process, &image);
         }
     }
 }
@@ -347,21 +388,4 @@ fn has_own_finding(
 ) -> bool {
     let subject = Subject::File { path: file.path, content: file.content };
     entry.findings.contains(&FindingId::new(Some(container), kind, &subject))
-}
-
-/// Whether the image has a program here, and nothing was ever reported of the path, or accepted.
-pub(in crate::pipeline) fn is_untouched(
-    entry: &Entry,
-    image: &ImageBaseline,
-    path: &RootfsPath,
-) -> bool {
-    let is_of_image = |known: KnownBaseline| match known.entry.file_type {
-        FileType::Regular => is_program(known.entry.format, known.entry.mode),
-        FileType::Symlink => true,
-        _ => false,
-    };
-    image.get(path).is_some_and(is_of_image)
-        && entry.findings.about(path).next().is_none()
-        && entry.members.of(Aspect::Written, path).is_none()
-        && !was_accepted(entry, path)
 }

@@ -33,7 +33,7 @@ pub(in crate::pipeline) enum Common {
     /// A package manager has written them, with a privilege or where other programs obey
     /// them.
     Installed { transaction: FindingId, severity: Severity },
-    /// A linker of the image has made them.
+    /// Linkers of the image have made them. This one made the first.
     Built { linker: String },
     /// One process of the image has unpacked them, or what it has unpacked has written them.
     Unpacked(Unpacking),
@@ -41,7 +41,8 @@ pub(in crate::pipeline) enum Common {
     Loaded { process: ProcessIdentity, severity: Severity },
     /// Generated names of one pattern, and the program that runs them.
     Pattern { pattern: Vec<u8>, by: Option<String>, severity: Severity },
-    /// A program that manages accounts has written them.
+    /// A program that manages accounts has written them; this process, or one that it has
+    /// started.
     Accounts { process: ProcessIdentity },
     /// They have this severity.
     Severity(Severity),
@@ -57,7 +58,8 @@ impl Common {
             Common::Installed { transaction, severity } => {
                 format!("installed {severity} {transaction}")
             }
-            Common::Built { linker } => format!("built {linker}"),
+            // A build may copy what it has linked, with a program that links as well.
+            Common::Built { .. } => "built".to_owned(),
             Common::Unpacked(Unpacking { archiver, exe }) => {
                 format!("unpacked {} {exe}", of(archiver))
             }
@@ -98,7 +100,7 @@ impl Common {
             Common::Pattern { pattern, .. } => {
                 format!("generated names, like {}", printable(pattern))
             }
-            Common::Accounts { .. } => "accounts, changed by one command".to_owned(),
+            Common::Accounts { .. } => "accounts, changed by one command or one script".to_owned(),
             Common::Accepted(rule) => {
                 format!("accepted by the rule {rule}: what else it accepts is counted here")
             }

@@ -10,7 +10,7 @@
 //! exec.relocated, medium ─ many ─────────────> one
 //! obeyed or privileged, by a package manager ─> one for each transaction and kind
 //! used, as a package manager has brought it ──> one for each transaction and kind
-//! run, as the image's linker has made it ─────> one for each linker
+//! run, as the image's linkers have made it ────> one
 //! scripts that one archiver has unpacked, and what these write and run ─> one
 //! libraries of one directory, by one process ─> one
 //! run under a generated name ─────────────────> one for each pattern and program that runs
@@ -35,7 +35,6 @@ mod put;
 mod unpublished;
 
 pub(super) use self::code::is_reported_as_executed;
-pub(super) use self::emit::is_untouched;
 pub(super) use self::group::{Group, is_run};
-pub(super) use self::packages::transaction_id;
+pub(super) use self::packages::{is_untouched, transaction_id};
 pub(super) use self::unpublished::Unpublished;

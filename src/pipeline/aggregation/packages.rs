@@ -1,15 +1,17 @@
 //! Package managers and other tools of the image that write many files: what they write and
 //! run, and which files make a process a package manager. Pure.
 
-use super::group::{Candidate, Common, Group};
-use crate::baseline::ImageBaseline;
+use super::group::{Candidate, Common, Group, is_run};
+use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::detect;
-use crate::inventory::Entry;
+use crate::inventory::{Aspect, Entry};
+use crate::model::file::is_program;
 use crate::model::finding::Subject;
 use crate::model::{
-    ContainerId, FindingId, Kind, PackageManager, Process, RootfsPath, Severity, package_manager,
-    programs,
+    ContainerId, FileType, Finding, FindingId, Kind, PackageManager, Process, RootfsPath, Severity,
+    package_manager, programs,
 };
+use crate::pipeline::decide::was_accepted;
 
 /// The finding that counts what a package manager writes.
 pub(in crate::pipeline) fn transaction_id(container: &ContainerId, manager: &Process) -> FindingId {
@@ -24,7 +26,8 @@ pub(super) fn installed(kind: Kind, transaction: FindingId, severity: Severity) 
     Group { kind, place: None, content: None, common }
 }
 
-/// The group of the files that one command changes when it changes accounts.
+/// The group of the files that one command, or the commands of one script, change when they
+/// change accounts.
 pub(super) fn accounts(
     entry: &Entry,
     image: &ImageBaseline,
@@ -36,14 +39,24 @@ pub(super) fn accounts(
     let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
     let exe = process.exe.as_deref()?;
     let called = programs::called_as(exe, process.argv.as_deref());
-    let program = RootfsPath::new(exe).ok()?;
-    let is_images =
-        detect::is_program_of(image, &program) && entry.findings.about(&program).next().is_none();
-    (is_images && programs::changes_accounts(called.as_bytes())).then_some(Group {
+    let is_images = |exe: &str| {
+        RootfsPath::new(exe).is_ok_and(|program| {
+            detect::is_program_of(image, &program)
+                && entry.findings.about(&program).next().is_none()
+        })
+    };
+    // A script runs several such programs for one account.
+    let script = process.ancestors.first().filter(|parent| {
+        process.tty.is_none()
+            && parent.identity.start_time > 0
+            && parent.exe.as_deref().is_some_and(|exe| is_images(exe))
+    });
+    let by = script.map_or(process.identity, |parent| parent.identity);
+    (is_images(exe) && programs::changes_accounts(called.as_bytes())).then_some(Group {
         kind: file.kind,
         place: None,
         content: None,
-        common: Some(Common::Accounts { process: process.identity }),
+        common: Some(Common::Accounts { process: by }),
     })
 }
 
@@ -95,19 +108,100 @@ pub(super) fn is_maintainer_script(kind: Kind, path: &RootfsPath) -> bool {
         }))
 }
 
-/// The files that make this process a package manager: its program and, if the package
-/// manager is a script, the script. `None` if the process is none.
-pub(super) fn files_of_package_manager(process: &Process) -> Option<Vec<RootfsPath>> {
-    let exe = process.exe.as_deref()?;
-    let manager = package_manager(exe, process.argv.as_deref().unwrap_or_default())?;
-    let mut files = vec![RootfsPath::new(exe).ok()?];
-    match manager {
-        // A relative path may be that of a script of the container's own.
-        PackageManager::Script(Some(script)) if !script.starts_with('/') => return None,
-        PackageManager::Script(Some(script)) => files.push(RootfsPath::new(script).ok()?),
-        PackageManager::Script(None) | PackageManager::Program => (),
+/// The files that make a process a package manager.
+pub(super) struct Installer {
+    program: RootfsPath,
+    /// The script that the program interprets, which is the package manager.
+    script: Option<RootfsPath>,
+    is_interpreted: bool,
+}
+
+impl Installer {
+    /// `None` if the process is no package manager.
+    pub(super) fn of(process: &Process) -> Option<Installer> {
+        let exe = process.exe.as_deref()?;
+        let manager = package_manager(exe, process.argv.as_deref().unwrap_or_default())?;
+        let script = match manager {
+            // A relative path may be that of a script of the container's own.
+            PackageManager::Script(Some(script)) if !script.starts_with('/') => return None,
+            PackageManager::Script(Some(script)) => Some(RootfsPath::new(script).ok()?),
+            PackageManager::Script(None) | PackageManager::Program => None,
+        };
+        let is_interpreted = manager != PackageManager::Program;
+        Some(Installer { program: RootfsPath::new(exe).ok()?, script, is_interpreted })
     }
-    Some(files)
+
+    /// Whether it is the image's own. An interpreter may also be a plain copy of the image's,
+    /// and a script one that a package manager has brought: an environment of Python has both.
+    /// A process that can replace such a script can as well have the image's own package
+    /// manager run the same code.
+    pub(super) fn is_of_the_image(&self, entry: &Entry, image: &ImageBaseline) -> bool {
+        let Installer { program, script, is_interpreted } = self;
+        (is_untouched(entry, image, program) || *is_interpreted && is_plain_copy(entry, program))
+            && script.as_ref().is_none_or(|script| {
+                is_untouched(entry, image, script) || is_brought(entry, script)
+            })
+    }
+
+    /// Whether its program may be found to be a copy of the image's once it has been read.
+    pub(super) fn may_be_a_copy(&self) -> bool {
+        self.is_interpreted
+    }
+}
+
+/// The most characters of further command lines that a transaction names.
+const MOST_COMMANDS: usize = 1000;
+
+/// Names the command line of a further package manager of a transaction.
+pub(super) fn add_command(finding: &mut Finding, process: &Process) {
+    let own = finding.process.as_ref().and_then(|first| first.argv.clone());
+    let Some(argv) = process.argv.as_ref().filter(|argv| own.as_ref() != Some(argv)) else {
+        return;
+    };
+    let detail = finding.detail.get_or_insert_with(|| "one after the other with:".to_owned());
+    let command = format!(" `{}`", argv.join(" "));
+    if detail.len() + command.len() <= MOST_COMMANDS && !detail.contains(&command) {
+        *detail += &command;
+    } else if !detail.ends_with('…') && !detail.contains(&command) {
+        *detail += " …";
+    }
+}
+
+/// Whether all that was run at this path has the image's content under a plain name.
+fn is_plain_copy(entry: &Entry, path: &RootfsPath) -> bool {
+    let runs = Kind::ALL.iter().filter(|kind| is_run(**kind));
+    let counted = runs.filter_map(|kind| entry.members.of(Aspect::of(*kind), path));
+    let counted = counted.filter_map(|(id, _)| entry.findings.get(&id));
+    let mut runs = counted.chain(entry.findings.about(path)).filter(|one| is_run(one.kind));
+    let is_copy = |finding: &Finding| {
+        let severity = finding.verdict.unchanged_severity.unwrap_or(finding.severity);
+        finding.kind == Kind::ExecRelocated && severity <= finding.kind.severity()
+    };
+    runs.next().is_some_and(is_copy) && runs.all(is_copy)
+}
+
+/// Whether a package manager has brought the file at this path.
+fn is_brought(entry: &Entry, path: &RootfsPath) -> bool {
+    let written = entry.members.of(Aspect::Written, path);
+    let finding = written.and_then(|(id, _)| entry.findings.get(&id));
+    finding.is_some_and(|finding| finding.kind == Kind::PackageTransaction)
+}
+
+/// Whether the image has a program here, and nothing was ever reported of the path, or accepted.
+pub(in crate::pipeline) fn is_untouched(
+    entry: &Entry,
+    image: &ImageBaseline,
+    path: &RootfsPath,
+) -> bool {
+    let is_of_image = |known: KnownBaseline| match known.entry.file_type {
+        FileType::Regular => is_program(known.entry.format, known.entry.mode),
+        FileType::Symlink => true,
+        _ => false,
+    };
+    image.get(path).is_some_and(is_of_image)
+        && entry.findings.about(path).next().is_none()
+        && entry.members.of(Aspect::Written, path).is_none()
+        && !was_accepted(entry, path)
 }
 
 #[cfg(test)]

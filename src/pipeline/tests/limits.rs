@@ -246,3 +246,34 @@ fn what_is_accepted_has_a_finding_of_its_own_though_there_is_no_room() {
     assert_eq!(accepted.len(), 1, "{accepted:#?}");
     assert_eq!((accepted[0].count, accepted[0].verdict.rule.as_deref()), (1, Some("opt")));
 }
+
+#[test]
+fn what_was_accepted_by_its_writer_stays_accepted_when_a_scan_finds_it_again() {
+    let rule = "[[rule]]\nid = \"curl\"\nreason = \"a test\"\nexpires = \"never\"\neffect = \"accept\"\n\
+                [rule.match]\nwriter = { path = \"/usr/bin/curl\", from_image = true }\n";
+    let rules = |node: &mut Node, text| {
+        let files = vec![PolicyFile::new("a.toml", text)];
+        let loaded = policy::parse(std::path::Path::new(""), files).unwrap();
+        node.state.policy = Policy::of(&config::Config::default(), Some(&loaded));
+    };
+    let mut node = Node::running();
+    rules(&mut node, rule);
+    let curl = Process { exe: Some("/usr/bin/curl".to_owned()), ..process(50) };
+    let plugin = written_by("/opt/plugin", "plugin", Some(Arc::new(curl)));
+    node.see(Source::Change, plugin);
+    let reported = |node: &mut Node, content: &str| {
+        node.see(Source::Scan, present(at("/opt/plugin"), content));
+        node.publish();
+        let newest = node.newest();
+        newest.into_iter().filter(|finding| !finding.verdict.is_accept()).count()
+    };
+    assert_eq!(reported(&mut node, "plugin"), 0);
+    let mut restarted = node.restarted();
+    rules(&mut restarted, rule);
+    assert_eq!(reported(&mut restarted, "plugin"), 0);
+    assert_eq!(reported(&mut restarted, "evil"), 1, "the same path with another content");
+    // Without the rule it is reported.
+    let mut without = node.restarted();
+    rules(&mut without, &rule.replace("curl", "ls"));
+    assert_eq!(reported(&mut without, "plugin"), 1);
+}

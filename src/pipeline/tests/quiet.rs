@@ -552,12 +552,30 @@ fn w10_accounts_that_one_command_changes_are_one_line_and_a_line_by_a_shell_is_i
     for file in files {
         node.see(Source::Change, write(file, file, program(60, "/usr/sbin/useradd", &[])));
     }
-    assert_eq!(node.lines(), ["file.persistence high /etc/passwd 4 4"]);
+    let one = "file.persistence high /etc/passwd 4 4";
+    assert_eq!(node.lines(), [one]);
+    // A scan knows no process.
+    node.see(Source::Scan, {
+        let state = FileState { format: Format::Data, mode: 0o644, ..state_of("/etc/passwd") };
+        let path = at("/etc/passwd");
+        Fact::File(FileFact::Present { path, state, lower: None, writer: None, changed: None })
+    });
+    assert_eq!(node.lines(), [one]);
     node.see(Source::Change, write("/etc/passwd", "evil", program(61, "/bin/busybox", &[])));
     node.see(Source::Change, write("/etc/shadow", "evil", program(62, "/tmp/useradd", &[])));
     assert_eq!(
         node.lines()[1..],
         ["file.persistence high /etc/passwd 1 1", "file.persistence high /etc/shadow 1 1"]
+    );
+    // A script runs two commands for one account. A process that is not the image's is none.
+    let by = |pid, parent| program(pid, "/usr/sbin/useradd", &[parent]);
+    let script = (70, "/bin/busybox");
+    node.see(Source::Change, write("/etc/group", "1", by(71, script)));
+    node.see(Source::Change, write("/etc/gshadow", "2", by(72, script)));
+    node.see(Source::Change, write("/etc/group", "3", by(73, (74, "/tmp/evil"))));
+    assert_eq!(
+        node.lines()[3..],
+        ["file.persistence high /etc/group 2 2", "file.persistence high /etc/group 1 1"]
     );
 }
 
@@ -590,6 +608,9 @@ fn w19_a_site_hook_that_a_package_manager_brings_is_its_transactions_and_one_bes
     let listed = node.members();
     let members: Vec<String> = listed.keys().map(|(_, path)| path.to_string()).collect();
     assert_eq!(members.len(), brought.len(), "{members:#?}");
+    // It is seen once more.
+    node.see(Source::Change, write(brought[0], brought[0], (*descendant(52, &[50])).clone()));
+    assert_eq!(node.lines().len(), 1, "{:#?}", node.lines());
     // A cron job has a finding of its own, whatever process brings it.
     let job = "/etc/cron.d/job";
     node.see(Source::Change, write(job, job, (*descendant(52, &[50])).clone()));
@@ -695,5 +716,177 @@ fn w07_what_a_scan_finds_while_a_transaction_goes_on_is_one_line_and_what_comes_
             "file.persistence high /etc/rc5.d/evil 1 1",
             "file.persistence high /etc/rc6.d/evil 1 1",
         ]
+    );
+}
+
+/// An image with Python, and a package manager of it that runs below init.
+fn node_with_python() -> Node {
+    let image = IMAGE.to_owned() + "/usr/bin/python3.11 755 elf python\n";
+    let mut node = Node::running();
+    let baseline = Arc::new(ImageBaseline::from_text(&[&image]));
+    node.state.inventory.entry(&id("c1")).baseline.state = BaselineState::Ready(baseline);
+    node
+}
+
+fn installer(pid: u32, argv: &[&str], above: &[(ProcessIdentity, &str)]) -> Process {
+    let above = above.iter().map(|(identity, exe)| Ancestor {
+        identity: *identity,
+        exe: Some((*exe).to_owned()),
+        argv: None,
+    });
+    Process {
+        exe: Some(argv[0].to_owned()),
+        argv: Some(texts(argv)),
+        ancestors: above.collect(),
+        ..process(pid)
+    }
+}
+
+fn manages(process: &Process) -> Fact {
+    Fact::PackageManager { process: Arc::new(process.clone()) }
+}
+
+#[test]
+fn w10_what_a_copy_of_the_images_interpreter_installs_is_a_transaction_and_what_another_does_is_not()
+ {
+    let copy = "/opt/venv/bin/python3";
+    let argv = [copy, "-m", "pip", "install", "x"];
+    let mut node = node_with_python();
+    node.see(Source::Gate, run(copy, "python", process(60), None));
+    node.see(Source::Change, manages(&installer(60, &argv, &[])));
+    node.see(Source::Change, written_by("/opt/venv/x.so", "x", Some(descendant(61, &[60]))));
+    // What it brought may install further packages.
+    let pip = "/opt/venv/bin/pip";
+    node.see(Source::Change, written_by(pip, "pip", Some(descendant(61, &[60]))));
+    let by_script = [copy, pip, "install", "y"];
+    node.see(Source::Change, manages(&installer(70, &by_script, &[])));
+    node.see(Source::Change, written_by("/opt/venv/y.so", "y", Some(descendant(71, &[70]))));
+    assert_eq!(
+        node.lines(),
+        [
+            "exec.relocated medium /opt/venv/bin/python3 1 1",
+            "package.transaction medium  2 2",
+            "package.transaction medium  1 1",
+        ]
+    );
+
+    // Content that is not the image's, by the same names; before and after it was reported.
+    for is_reported in [false, true] {
+        let mut node = node_with_python();
+        node.see(Source::Gate, run(copy, "python", process(60), None));
+        if is_reported {
+            node.see(Source::Gate, run(copy, "evil", process(60), None));
+        } else {
+            node.see(Source::Change, manages(&installer(59, &argv, &[])));
+        }
+        let other = if is_reported { copy } else { "/opt/evil/python3" };
+        let argv = [other, "-m", "pip", "install", "x"];
+        node.see(Source::Change, manages(&installer(60, &argv, &[])));
+        node.see(Source::Gate, run(other, "evil", process(60), None));
+        node.see(Source::Change, written_by("/opt/venv/x.so", "x", Some(descendant(61, &[60]))));
+        let kinds = node.kinds();
+        assert!(kinds.iter().all(|(kind, ..)| *kind != Kind::PackageTransaction), "{kinds:?}");
+        assert!(kinds.contains(&(Kind::ExecNew, 1, 1)), "{kinds:?}");
+    }
+    // A script that no package manager has brought.
+    let mut node = node_with_python();
+    node.see(Source::Gate, run(copy, "python", process(60), None));
+    node.see(Source::Change, manages(&installer(60, &by_script, &[])));
+    node.see(Source::Change, written_by("/opt/venv/x.so", "x", Some(descendant(61, &[60]))));
+    assert!(node.kinds().iter().all(|(kind, ..)| *kind != Kind::PackageTransaction));
+}
+
+#[test]
+fn w10_a_copy_that_is_read_after_its_process_was_reported_installs_as_well() {
+    let copy = "/opt/venv/bin/python3";
+    let mut node = node_with_python();
+    node.see(Source::Change, manages(&installer(60, &[copy, "-Im", "ensurepip"], &[])));
+    node.see(Source::Gate, run(copy, "python", process(60), None));
+    node.see(Source::Change, written_by("/opt/venv/x.so", "x", Some(descendant(61, &[60]))));
+    assert_eq!(node.kinds(), [(Kind::ExecRelocated, 1, 1), (Kind::PackageTransaction, 1, 1)]);
+}
+
+#[test]
+fn w07_the_same_work_once_more_is_the_same_transaction_and_a_persons_is_not() {
+    let argv = ["/usr/bin/python3.11", "-m", "pip", "install", "x"];
+    let other = ["/usr/bin/python3.11", "-m", "pip", "install", "y"];
+    let named = |pid, exe| (ProcessIdentity { pid, start_time: 9 }, exe);
+    let shell = named(20, "/bin/busybox");
+    let main = (init(7), "/bin/busybox");
+    let mut node = node_with_python();
+    let install = |node: &mut Node, process: Process, content: &str| {
+        node.see(Source::Change, manages(&process));
+        let pid = process.identity.pid;
+        let path = format!("/opt/{content}");
+        node.see(Source::Change, written_by(&path, content, Some(descendant(pid + 1, &[pid]))));
+    };
+    // The container's own loop installs, removes and installs again.
+    install(&mut node, installer(40, &argv, &[shell, main]), "x");
+    let again = named(21, "/bin/busybox");
+    install(&mut node, installer(50, &argv, &[again, main]), "x");
+    install(&mut node, installer(60, &argv, &[again, main]), "y");
+    assert_eq!(node.lines(), ["package.transaction medium  2 3"]);
+    assert_eq!(node.newest()[0].detail, None);
+    // One script installs one thing after the other.
+    install(&mut node, installer(70, &other, &[shell, main]), "z");
+    assert_eq!(node.lines(), ["package.transaction medium  3 4"]);
+    let detail = node.newest()[0].detail.clone().unwrap();
+    assert_eq!(detail, "one after the other with: `/usr/bin/python3.11 -m pip install y`");
+    // Another program of the container, a process from outside, a terminal, other arguments.
+    let server = named(22, "/usr/bin/curl");
+    install(&mut node, installer(80, &argv, &[server, main]), "z1");
+    let outside = named(30, "/usr/bin/containerd-shim");
+    install(&mut node, installer(90, &argv, &[named(23, "/bin/busybox"), outside]), "z2");
+    let mut with_terminal = installer(110, &argv, &[shell, main]);
+    with_terminal.tty = Some("pts/0".to_owned());
+    install(&mut node, with_terminal, "z3");
+    install(&mut node, installer(120, &other, &[named(24, "/bin/busybox"), main]), "z4");
+    assert_eq!(node.lines().len(), 5, "{:#?}", node.lines());
+}
+
+#[test]
+fn what_an_exception_accepts_continues_no_other_transaction() {
+    let argv = ["/usr/bin/python3.11", "-m", "pip", "install", "x"];
+    let mut node = node_with_python();
+    let rules = "[[rule]]\nid = \"x\"\nreason = \"r\"\nexpires = \"never\"\n\
+        effect = \"accept\"\n[rule.match]\nkind = [\"package.transaction\"]\nargv = [\"*install x*\"]\n";
+    let files = vec![PolicyFile::new("a.toml", rules)];
+    node.state.policy.rules = policy::parse("".as_ref(), files).unwrap().rules.into();
+    let above = [(init(7), "/bin/busybox")];
+    let install = |node: &mut Node, pid: u32, argv: &[&str]| {
+        node.see(Source::Change, manages(&installer(pid, argv, &above)));
+        let path = format!("/opt/{pid}");
+        node.see(Source::Change, written_by(&path, &path, Some(descendant(pid + 1, &[pid]))));
+    };
+    install(&mut node, 40, &argv);
+    install(&mut node, 50, &["/usr/bin/python3.11", "-m", "pip", "install", "evil"]);
+    install(&mut node, 60, &argv);
+    let reported = |node: &mut Node| {
+        node.publish();
+        let all = node.newest().into_iter().filter(|one| !one.verdict.is_accept());
+        all.map(|one| (one.kind, one.files)).collect::<Vec<_>>()
+    };
+    assert_eq!(reported(&mut node), [(Kind::PackageTransaction, Some(1))]);
+}
+
+#[test]
+fn w08_what_a_build_has_removed_before_it_was_read_is_built_and_what_had_a_writer_is_its_own() {
+    let mut node = Node::running();
+    let above = [(100, "/bin/busybox"), (99, "/usr/bin/containerd-shim")];
+    let linker = |pid| program(pid, "/usr/bin/ld", &above);
+    let built = |pid, content: &str, could_change| {
+        let path = format!("/tmp/{content}/main");
+        let mut fact = run(&path, content, program(pid, &path, &above), Some(linker(pid + 1)));
+        if let Fact::File(FileFact::Executed { state, .. }) = &mut fact {
+            state.could_change = could_change;
+        }
+        fact
+    };
+    node.see(Source::Gate, built(40, "a", CouldChange::No));
+    node.see(Source::Gate, built(50, "b", CouldChange::Unproven));
+    node.see(Source::Gate, built(60, "c", CouldChange::HadWriter));
+    assert_eq!(
+        node.lines(),
+        ["exec.new medium /tmp/a/main 2 2", "exec.new critical /tmp/c/main 1 1"]
     );
 }

@@ -8,7 +8,9 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
-use crate::model::{ContainerId, Content, FileState, Filesystem, LowerTwin, RootfsPath, Unhashed};
+use crate::model::{
+    ContainerId, Content, CouldChange, FileState, Filesystem, LowerTwin, RootfsPath, Unhashed,
+};
 use crate::sys::door::{self, Ground, Listed, Local};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
@@ -144,7 +146,10 @@ fn examine_own(
     let pid = handle.map_or(watched.init.pid, |handle| handle.identity().pid);
     let path = paths::event_path(watched, fd, stat, pid, None).ok()?;
     let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
-    let could_change = upper::has_writer(watched, &path, stat);
+    let could_change = match upper::has_writer(watched, &path, stat) {
+        true => CouldChange::HadWriter,
+        false => CouldChange::No,
+    };
     let state = FileState { could_change, ..state };
     let lower = watched
         .layers()
@@ -230,7 +235,10 @@ pub(crate) fn of_upper(
 ) -> Code {
     let max_hash_bytes = shared.settings.max_hash_bytes;
     let state = shared.hashed.state(fd, stat, Local::by_layers(), max_hash_bytes);
-    let could_change = upper::has_writer(watched, &path, stat);
+    let could_change = match upper::has_writer(watched, &path, stat) {
+        true => CouldChange::HadWriter,
+        false => CouldChange::No,
+    };
     let state = FileState { could_change, ..state };
     let lower = watched
         .layers()

@@ -132,7 +132,7 @@ impl LayerFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Content, FileType, Format, Unhashed};
+    use crate::model::{Content, CouldChange, FileType, Format, Unhashed};
 
     fn at(seconds: i64) -> FileTime {
         FileTime { seconds, nanoseconds: 5 }
@@ -152,7 +152,7 @@ mod tests {
             size: 1,
             capability: None,
             content: Content::Unhashed(Unhashed::Size),
-            could_change: false,
+            could_change: CouldChange::No,
             deleted: false,
         }
     }

@@ -315,7 +315,8 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
     } = execution;
     drop(file);
     let Progress::Done(mut state, lower) = progress else { return };
-    state.could_change |= could_change.unwrap_or(writer_check.had_writer());
+    let could_change = could_change.unwrap_or(writer_check.had_writer());
+    state.could_change = state.could_change.max(could_change);
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let Executing { process } = executing;
     let (process, exec_name) = complete(shared, process, asked, is_busy);

@@ -11,7 +11,8 @@ use jiff::Timestamp;
 
 use super::writable::WriterCheck;
 use crate::model::{
-    ContainerId, Content, FileState, Filesystem, LayerFile, LowerTwin, RootfsPath, Unhashed,
+    ContainerId, Content, CouldChange, FileState, Filesystem, LayerFile, LowerTwin, RootfsPath,
+    Unhashed,
 };
 use crate::sys::file::{self, Stat};
 use crate::sys::{overlay, procfs};
@@ -40,7 +41,7 @@ pub(crate) struct Described {
     pub(crate) layer_file: Option<LayerFile>,
     pub(crate) is_movable: bool,
     pub(crate) writer_check: WriterCheck,
-    pub(crate) could_change: Option<bool>,
+    pub(crate) could_change: Option<CouldChange>,
     pub(crate) executing: Executing,
     /// When the gate was asked, by the clock of the kernel's records.
     pub(crate) asked: Option<u64>,
@@ -185,7 +186,7 @@ impl Described {
     /// Remembers the state, unless the file may have been changed back meanwhile: such a file
     /// is read anew each time.
     pub(crate) fn remember(&self, shared: &Files, state: &FileState) {
-        if self.could_change == Some(false) {
+        if self.could_change == Some(CouldChange::No) {
             shared.hashed.remember_executed(&self.stat, state);
         }
     }

@@ -22,7 +22,7 @@ use crossbeam_channel::TrySendError;
 use super::execution::Execution;
 use super::writable::WriterCheck;
 use crate::health::Failure;
-use crate::model::{ContainerId, Filesystem, RootfsPath};
+use crate::model::{ContainerId, CouldChange, Filesystem, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay;
 use crate::threads;
@@ -44,7 +44,7 @@ pub(crate) struct Taken {
     name: Option<Result<Vec<u8>, UnknownPath>>,
     pub(crate) writer_check: WriterCheck,
     /// Its content may differ from the content that was executed; `None` until it was read.
-    pub(crate) could_change: Option<bool>,
+    pub(crate) could_change: Option<CouldChange>,
 }
 
 impl Owned for Taken {
@@ -235,7 +235,7 @@ impl Take {
             *could_change =
                 Some(writer_check.could_change(&self.shared, watched, path, stat, &now));
         }
-        if *could_change == Some(false) {
+        if *could_change == Some(CouldChange::No) {
             file.keep(copy);
         } else {
             // It is read again where it is hashed, until it is stable.

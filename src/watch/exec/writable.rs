@@ -11,7 +11,8 @@
 //!
 //! - No process has the upper file open or mapped for writing: the kernel grants a lease
 //!   (`sys::lease`). The lease is requested as soon as the gate has handed the file on.
-//! - No writer has gone between the execution and that moment (`closings`).
+//! - No writer has gone between the execution and that moment (`closings`). A file with several
+//!   names is marked itself when it is first executed; what is executed before is not proven.
 //! - The file's times after it was read are those from when the gate was asked. A new
 //!   writer has to store to a page that it has not mapped yet, which moves them. (Since
 //!   Linux 6.13 each change after the times were read gets a time of its own; before, two
@@ -24,12 +25,12 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use super::execution::Execution;
-use crate::model::{Filesystem, RootfsPath};
+use crate::model::{CouldChange, Filesystem, RootfsPath};
 use crate::sys::file::Stat;
 use crate::sys::handle::FileHandle;
 use crate::sys::lease;
 use crate::watch::core::watched::Watched;
-use crate::watch::files::closings::{Executed, Writers};
+use crate::watch::files::closings::{Executed, Reported, Writers};
 use crate::watch::files::shared::Files;
 use crate::watch::files::upper;
 
@@ -38,8 +39,8 @@ use crate::watch::files::upper;
 pub(crate) struct WriterCheck {
     /// A process could write to it while it was executed.
     had_writer: bool,
-    /// The kernel reports events of this file.
-    is_observed: bool,
+    /// The kernel's report of this execution.
+    reported: Option<Reported>,
     is_own: bool,
     upper: Option<Upper>,
     pid: u32,
@@ -51,7 +52,8 @@ struct Upper {
     /// Open until the file was read, if it is read at once.
     fd: Option<OwnedFd>,
     file: FileHandle,
-    directory: FileHandle,
+    /// The directory by which it was executed; the file itself if it has several names.
+    marked: FileHandle,
 }
 
 impl WriterCheck {
@@ -69,17 +71,18 @@ impl WriterCheck {
         let Some(path) = path.filter(|_| is_own) else { return check };
         let Some(fd) = upper::upper(watched, path, stat) else { return check };
         let has_writer = lease::has_writer(fd.as_fd());
-        check.upper = Upper::of(shared, watched, path, fd);
+        check.upper = Upper::of(shared, watched, path, stat, fd);
         if let (Ok(has_writer), writers) = (has_writer, check.writers(shared)) {
             check.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
-            check.is_observed = writers.is_some_and(|writers| writers.was_reported);
+            check.reported = writers.and_then(|writers| writers.reported);
         }
         check
     }
 
     fn writers(&self, shared: &Files) -> Option<Writers> {
-        let Upper { file, directory, .. } = self.upper.as_ref()?;
-        let executed = Executed { file, directory, pid: self.pid, asked: self.asked? };
+        let Upper { file, marked, .. } = self.upper.as_ref()?;
+        let (pid, asked, reported) = (self.pid, self.asked?, self.reported);
+        let executed = Executed { file, marked, pid, asked, reported };
         Some(shared.closings.writers(&executed))
     }
 
@@ -92,24 +95,29 @@ impl WriterCheck {
         path: &RootfsPath,
         before: &Stat,
         now: &Stat,
-    ) -> bool {
+    ) -> CouldChange {
         if !self.is_own || self.had_writer || !upper::has_changed(before, now) {
-            return self.had_writer;
+            return self.had_writer();
         }
-        let had_none = || {
-            if before.links.max(now.links) > 1 {
+        let shown = || {
+            let upper = self.upper.as_ref()?;
+            if before.links.max(now.links) > 1 && upper.marked != upper.file {
                 // By another name it can be changed in a directory that has no mark.
                 return None;
             }
-            let has_writer = match &self.upper.as_ref()?.fd {
+            let has_writer = match &upper.fd {
                 Some(fd) => lease::has_writer(fd.as_fd()),
                 None => lease::has_writer(upper::upper(watched, path, now)?.as_fd()),
             };
             let writers = self.writers(shared)?;
-            let is_observed = self.is_observed || writers.was_reported;
-            Some(!has_writer.ok()? && is_observed && writers.none_since)
+            let none_since = writers.reported.is_some() && writers.none_since;
+            Some(match (has_writer.ok()?, none_since) {
+                (true, _) => CouldChange::HadWriter,
+                (false, true) => CouldChange::No,
+                (false, false) => CouldChange::Unproven,
+            })
         };
-        !had_none().unwrap_or(false)
+        shown().unwrap_or(CouldChange::Unproven)
     }
 
     /// Closes the upper file, which would stay open as long as the executed file waits to be
@@ -121,15 +129,27 @@ impl WriterCheck {
     }
 
     /// Whether a process could write to the file, where it was not read.
-    pub(crate) fn had_writer(&self) -> bool {
-        self.had_writer
+    pub(crate) fn had_writer(&self) -> CouldChange {
+        if self.had_writer { CouldChange::HadWriter } else { CouldChange::No }
     }
 }
 
 impl Upper {
-    fn of(shared: &Files, watched: &Watched, path: &RootfsPath, fd: OwnedFd) -> Option<Upper> {
+    fn of(
+        shared: &Files,
+        watched: &Watched,
+        path: &RootfsPath,
+        stat: &Stat,
+        fd: OwnedFd,
+    ) -> Option<Upper> {
         let directory = upper::listen_near(shared, watched, path)?;
         let file = FileHandle::of(&fd).ok()?;
-        Some(Upper { fd: Some(fd), file, directory })
+        if stat.links > 1 {
+            shared.closings.listen_to_file(file.clone(), &fd);
+        }
+        // It may have had several names before, and get some again while it runs.
+        let is_marked = shared.closings.listens_to(&file);
+        let marked = if is_marked { file.clone() } else { directory };
+        Some(Upper { fd: Some(fd), file, marked })
     }
 }

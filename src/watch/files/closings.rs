@@ -51,8 +51,9 @@ struct Log {
     /// The last closing of each file.
     closed: HashMap<FileHandle, Position>,
     executed: HashMap<(FileHandle, u32), Position>,
-    /// Since when a directory is marked, by the clock of the kernel's records.
-    directories: HashMap<FileHandle, u64>,
+    /// Since when a directory, or a file with several names, is marked, by the clock of the
+    /// kernel's records.
+    marked: HashMap<FileHandle, u64>,
     /// When the queue was read to its end, and how far that was.
     readings: VecDeque<(u64, Position)>,
     /// Events up to this position are unknown.
@@ -63,12 +64,19 @@ struct Log {
 #[derive(Debug)]
 pub(crate) struct Executed<'a> {
     pub(crate) file: &'a FileHandle,
-    /// The directory by which it was executed.
-    pub(crate) directory: &'a FileHandle,
+    /// What was marked to observe it: the directory by which it was executed, or the file
+    /// itself.
+    pub(crate) marked: &'a FileHandle,
     pub(crate) pid: u32,
     /// When the gate was asked, by the clock of the kernel's records.
     pub(crate) asked: u64,
+    /// The kernel's report of the execution, if it was taken before.
+    pub(crate) reported: Option<Reported>,
 }
+
+/// The kernel's report of one execution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reported(Position);
 
 /// What is known of the writers of an executed file that has none left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +86,7 @@ pub(crate) struct Writers {
     /// No writer can have closed it since; `false` also if that is unknown.
     pub(crate) none_since: bool,
     /// The kernel reported the execution. Without that event, nothing is known of it.
-    pub(crate) was_reported: bool,
+    pub(crate) reported: Option<Reported>,
 }
 
 impl Closings {
@@ -105,22 +113,41 @@ impl Closings {
 
     /// Like [`listen`](Self::listen), for a directory whose handle is known.
     pub(crate) fn listen_to(&self, handle: FileHandle, directory: &OwnedFd) {
+        self.mark(handle, |group| group.mark(directory.as_fd()));
+    }
+
+    /// Listens to an open file from now on: with several names, it can be written to by way of
+    /// a directory that is not marked.
+    pub(crate) fn listen_to_file(&self, handle: FileHandle, file: &OwnedFd) {
+        self.mark(handle, |group| group.mark_file(file.as_fd()));
+    }
+
+    /// Whether it listens to this file or directory.
+    pub(crate) fn listens_to(&self, handle: &FileHandle) -> bool {
+        self.log().marked.contains_key(handle)
+    }
+
+    fn mark(
+        &self,
+        handle: FileHandle,
+        mark: impl FnOnce(&closings::Closings) -> std::io::Result<()>,
+    ) {
         let Some(group) = &self.group else { return };
-        if self.log().directories.contains_key(&handle) || group.mark(directory.as_fd()).is_err() {
+        if self.log().marked.contains_key(&handle) || mark(group).is_err() {
             return;
         }
         let now = perf::now();
-        let directories = &mut self.log().directories;
-        if directories.len() >= MOST {
-            directories.clear();
+        let marked = &mut self.log().marked;
+        if marked.len() >= MOST {
+            marked.clear();
         }
-        directories.insert(handle, now);
+        marked.insert(handle, now);
     }
 
     pub(crate) fn unlisten(&self, directory: &OwnedFd) {
         let Some(group) = &self.group else { return };
         if let Ok(handle) = FileHandle::of(directory) {
-            self.log().directories.remove(&handle);
+            self.log().marked.remove(&handle);
         }
         // Most errors mean that there is no mark. A mark ends with its directory.
         let _ = group.unmark(directory.as_fd());
@@ -145,8 +172,9 @@ impl Closings {
         }
     }
 
-    fn read_all(&self, log: &mut Log) {
-        let Some(group) = &self.group else { return };
+    /// Reads the queue; true if it was read to its end.
+    fn read_all(&self, log: &mut Log) -> bool {
+        let Some(group) = &self.group else { return false };
         let mut buffer = vec![0; READ_BYTES];
         // Bounded: a container that fills the queue as fast as it is read must not delay others.
         for _ in 0..64 {
@@ -154,21 +182,23 @@ impl Closings {
                 Ok(happened) => happened.into_iter().for_each(|happened| log.add(happened)),
                 Err(err) if err.kind() == std::io::ErrorKind::WouldBlock => {
                     log.has_read_all(perf::now());
-                    return;
+                    return true;
                 }
                 Err(_) => {
                     log.forget();
-                    return;
+                    return false;
                 }
             }
         }
+        false
     }
 
     /// What is known of the writers of an executed file. Call it once the file has no writer.
     pub(crate) fn writers(&self, executed: &Executed<'_>) -> Writers {
         let mut log = self.log();
-        self.read_all(&mut log);
-        log.writers(executed)
+        let is_all = self.read_all(&mut log);
+        let writers = log.writers(executed);
+        Writers { none_since: writers.none_since && is_all, ..writers }
     }
 }
 
@@ -207,18 +237,21 @@ impl Log {
     }
 
     fn writers(&mut self, executed: &Executed<'_>) -> Writers {
-        let Executed { file, directory, pid, asked } = *executed;
+        let Executed { file, marked, pid, asked, reported } = *executed;
         let closed = self.closed.get(file).copied().unwrap_or(0);
         // Removed: its process may execute it again.
-        let execution = self.executed.remove(&(file.clone(), pid));
+        let newest = self.executed.remove(&(file.clone(), pid)).map(Reported);
+        let reported = reported.or(newest);
         // The last read that ended before the gate was asked: its events are older.
         let before = self.readings.iter().rev().find(|(read, _)| *read <= asked);
-        let was_marked = self.directories.get(directory).is_some_and(|since| *since <= asked);
+        let was_marked = self.marked.get(marked).is_some_and(|since| *since <= asked);
+        // After its report, or after all that was read before the gate was asked.
+        let none_after = |position: Position| closed <= position && self.forgotten <= position;
         Writers {
-            was_reported: execution.is_some(),
-            has_gone: execution.is_some_and(|execution| closed > execution),
-            none_since: was_marked
-                && before.is_some_and(|(_, before)| closed <= *before && self.forgotten <= *before),
+            reported,
+            has_gone: reported.is_some_and(|Reported(execution)| closed > execution),
+            none_since: reported.is_some_and(|Reported(execution)| none_after(execution))
+                || was_marked && before.is_some_and(|(_, before)| none_after(*before)),
         }
     }
 }
@@ -237,7 +270,7 @@ mod tests {
     #[track_caller]
     fn check(events: &str, asked: u64, expected: &str) {
         let mut log = Log::default();
-        log.directories.insert(handle("d"), 1);
+        log.marked.insert(handle("d"), 1);
         let mut tick = 1;
         for event in events.split_whitespace() {
             match event.split_at(1) {
@@ -254,28 +287,32 @@ mod tests {
                 }),
             }
         }
-        let (file, directory) = (&handle("f"), &handle("d"));
-        let writers = log.writers(&Executed { file, directory, pid: 7, asked });
+        let (file, marked) = (&handle("f"), &handle("d"));
+        let executed = Executed { file, marked, pid: 7, asked, reported: None };
+        let writers = log.writers(&executed);
+        // What is known does not change by asking.
+        let again = Executed { reported: writers.reported, ..executed };
+        assert_eq!(log.writers(&again), writers, "{events}");
         let mut facts = Vec::new();
         facts.extend(writers.has_gone.then_some("gone"));
         facts.extend(writers.none_since.then_some("none since"));
-        facts.extend(writers.was_reported.then_some("reported"));
+        facts.extend(writers.reported.map(|_| "reported"));
         assert_eq!(facts.join(", "), expected, "{events}");
     }
 
     #[test]
     fn a_writer_that_closes_after_the_execution_existed_before_it() {
         check("| 7x 8c |", 1, "gone, reported");
-        check("| 8c 7x |", 1, "reported");
+        check("| 8c 7x |", 1, "none since, reported");
         check("| 8c | 7x |", 2, "none since, reported");
         check("| 8c | 7x | 8c |", 2, "gone, reported");
         // The writer belongs to another execution.
-        check("| 6x 8c 7x |", 1, "reported");
+        check("| 6x 8c 7x |", 1, "none since, reported");
     }
 
     #[test]
     fn a_process_that_executes_a_file_it_has_mapped_drops_the_mapping() {
-        check("| 7xc |", 1, "reported");
+        check("| 7xc |", 1, "none since, reported");
     }
 
     #[test]
@@ -283,8 +320,11 @@ mod tests {
         check("| 8c |", 1, "");
         check("|", 1, "none since");
         // The directory was not marked yet, or the queue was not read.
-        check("| | 7x |", 0, "reported");
-        check("7x", 1, "reported");
+        check("| | 8c |", 0, "");
+        check("8c", 1, "");
+        // The report of the execution shows that it was marked.
+        check("| | 7x |", 0, "none since, reported");
+        check("7x", 1, "none since, reported");
     }
 
     #[test]

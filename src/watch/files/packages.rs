@@ -16,8 +16,8 @@ use jiff::Timestamp;
 
 use crate::health::Failure;
 use crate::model::{
-    Ancestor, ContainerId, Fact, Process, ProcessIdentity, Source, may_be_package_manager,
-    package_manager,
+    Ancestor, ContainerId, Fact, PackageManager, Process, ProcessIdentity, Source,
+    may_be_package_manager, package_manager,
 };
 use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
@@ -47,6 +47,7 @@ const CHECK_EVERY: Duration = Duration::from_millis(500);
 ///
 /// A program counts as a package manager by its name, and only if it runs from a file of the
 /// image's layers through the container's own mount: not a copy, and not a file mounted over it.
+/// An interpreter may be a copy in the container's own layer.
 #[derive(Debug, Default)]
 pub(crate) struct Packages {
     descendants: HashMap<u32, Descendant>,
@@ -95,8 +96,8 @@ impl Packages {
             if self.reported.contains(&identity) {
                 return Some(identity);
             }
-            package_manager(exe?, argv.unwrap_or_default())?;
-            self.report_manager(shared, watched, identity).then_some(identity)
+            let manager = package_manager(exe?, argv.unwrap_or_default())?;
+            self.report_manager(shared, watched, identity, manager).then_some(identity)
         });
         let is_remembered = manager.is_some()
             || process.ancestors.iter().any(|ancestor| {
@@ -112,15 +113,16 @@ impl Packages {
         }
     }
 
-    /// Reports a package manager to the pipeline; false if it is not a program of the image.
+    /// Reports a package manager to the pipeline; false if it cannot be a program of the image.
     fn report_manager(
         &mut self,
         shared: &Processes,
         watched: &Arc<Watched>,
         identity: ProcessIdentity,
+        manager: PackageManager<'_>,
     ) -> bool {
         let Ok(handle) = Handle::open_exactly(identity) else { return false };
-        if !runs_from_the_image(&handle, watched) {
+        if !runs_from_the_image(&handle, watched, manager) {
             return false;
         }
         let process = Arc::new(describe::as_it_is(&handle, watched));
@@ -175,12 +177,9 @@ impl Packages {
         }
         let Some(mut process) = shared.recorded_process(named) else { return };
         let (Some(exe), argv) = (&process.exe, process.argv.as_deref()) else { return };
-        let is_one = package_manager(exe, argv.unwrap_or_default()).is_some();
-        let is_image = || {
-            let held = attribution::open_program(watched, None, Some(program));
-            held.is_some_and(|held| is_of_the_image(&held.stat, watched))
-        };
-        if !is_one || !is_image() {
+        let Some(manager) = package_manager(exe, argv.unwrap_or_default()) else { return };
+        let held = attribution::open_program(watched, None, Some(program));
+        if !held.is_some_and(|held| may_be_of_the_image(&held.stat, watched, manager)) {
             return;
         }
         // Not zero: another process may have this pid later.
@@ -325,18 +324,19 @@ impl TraceConsumer for Descent {
     }
 }
 
-/// Whether a process's program is a file of the image's layers, reached through the container's
-/// own mount.
-fn runs_from_the_image(handle: &Handle, watched: &Watched) -> bool {
+/// Whether a process's program may be the image's, and is reached through the container's own
+/// mount.
+fn runs_from_the_image(handle: &Handle, watched: &Watched, manager: PackageManager<'_>) -> bool {
     let Ok(stat) = file::stat_path(handle.exe_path()) else { return false };
     let is_still_itself = handle.stat().is_ok_and(|stat| stat.identity == handle.identity());
-    is_still_itself && is_of_the_image(&stat, watched)
+    is_still_itself && may_be_of_the_image(&stat, watched, manager)
 }
 
-fn is_of_the_image(stat: &file::Stat, watched: &Watched) -> bool {
-    stat.mount == watched.mount
-        && stat.mount.is_some()
-        && matches!(watched.standing(stat), Standing::Image | Standing::Doubtful(_))
+/// An interpreter may be a copy of the image's: the pipeline knows its content.
+fn may_be_of_the_image(stat: &file::Stat, watched: &Watched, manager: PackageManager<'_>) -> bool {
+    let is_image = matches!(watched.standing(stat), Standing::Image | Standing::Doubtful(_));
+    let is_interpreted = manager != PackageManager::Program;
+    stat.mount == watched.mount && stat.mount.is_some() && (is_image || is_interpreted)
 }
 
 /// The description of a process of which only the parent is known.

@@ -9,7 +9,9 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use sha2::Digest as _;
 
 use crate::model::file::is_program;
-use crate::model::{Blake3Hash, Content, FileState, FileType, Format, Sha256Hash, Unhashed};
+use crate::model::{
+    Blake3Hash, Content, CouldChange, FileState, FileType, Format, Sha256Hash, Unhashed,
+};
 use crate::sys::door::{self, Local};
 use crate::sys::file::{self, Stat};
 use crate::sys::hash::{self, Hashed, Hashes, Hashing};
@@ -42,7 +44,7 @@ pub(crate) fn unopened(stat: &Stat) -> FileState {
         capability: None,
         content: Content::Unhashed(why),
         deleted: stat.links == 0,
-        could_change: false,
+        could_change: CouldChange::No,
     }
 }
 
@@ -67,7 +69,7 @@ pub(crate) fn gone(deleted: bool) -> FileState {
         capability: None,
         content: Content::Unhashed(Unhashed::Gone),
         deleted,
-        could_change: false,
+        could_change: CouldChange::No,
     }
 }
 
