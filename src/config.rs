@@ -184,12 +184,39 @@ pub struct History {
 /// be dropped in the next.
 const MIN_HISTORY: u64 = 1 << 20;
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Respond {
     /// Kinds of finding for which driftd kills the container by itself. Empty:
     /// driftd only reports.
     pub kill_on: BTreeSet<Kind>,
+    /// containerd's restart monitor leaves stopped what a rule kills.
+    pub stop_restarts: bool,
+    /// In how many containers (or pods) one rule may answer within `within`. Then its answers
+    /// are stopped, until a user resumes them.
+    pub max_containers_of_rule: u32,
+    /// How often one container (or pod), the containers of one image, and all together may be
+    /// killed or paused by rules within `within`.
+    pub max_of_container: u32,
+    pub max_of_image: u32,
+    pub max_of_node: u32,
+    /// The time to which these limits apply.
+    #[serde(with = "duration")]
+    pub within: Duration,
+}
+
+impl Default for Respond {
+    fn default() -> Respond {
+        Respond {
+            kill_on: BTreeSet::new(),
+            stop_restarts: false,
+            max_containers_of_rule: 3,
+            max_of_container: 3,
+            max_of_image: 6,
+            max_of_node: 12,
+            within: Duration::from_secs(600),
+        }
+    }
 }
 
 /// The rules that decide what happens to findings.
@@ -479,6 +506,22 @@ impl Config {
         if config.watch.sweep_interval < Duration::from_secs(1) {
             return Err("watch.sweep_interval is below 1s".into());
         }
+        let respond = &config.respond;
+        for (name, value) in [
+            ("max_containers_of_rule", respond.max_containers_of_rule),
+            ("max_of_container", respond.max_of_container),
+            ("max_of_image", respond.max_of_image),
+            ("max_of_node", respond.max_of_node),
+        ] {
+            if value == 0 {
+                return Err(format!(
+                    "respond.{name} is 0: no rule could answer (policy.enforce = \"off\" does that)"
+                ));
+            }
+        }
+        if respond.within < Duration::from_secs(1) {
+            return Err("respond.within is below 1s".into());
+        }
         if config.history.max_bytes < MIN_HISTORY {
             return Err(format!("history.max_bytes is below {MIN_HISTORY}"));
         }
@@ -501,7 +544,7 @@ impl Config {
 }
 
 /// Settings that take effect while driftd runs. All others are read at its start.
-const LIVE: [&str; 10] = [
+const LIVE: [&str; 16] = [
     "history.max_bytes",
     "history.retention",
     "policy.container_profiles",
@@ -511,6 +554,12 @@ const LIVE: [&str; 10] = [
     "policy.profiles",
     "policy.public_key",
     "respond.kill_on",
+    "respond.max_containers_of_rule",
+    "respond.max_of_container",
+    "respond.max_of_image",
+    "respond.max_of_node",
+    "respond.stop_restarts",
+    "respond.within",
     "watch.probe_patience",
 ];
 
@@ -766,7 +815,8 @@ mod tests {
              [history]\nmax_bytes = 2000000\nretention = \"1d\"\n\
              [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\nprofiles = [\"apt\"]\ncontainer_profiles = [\"pip\"]\n\
              profile_dir = \"/etc/baselines\"\npublic_key = \"RW\"\n\
-             [respond]\nkill_on = [\"exec.new\"]",
+             [respond]\nkill_on = [\"exec.new\"]\nstop_restarts = true\nwithin = \"1h\"\n\
+             max_containers_of_rule = 1\nmax_of_container = 1\nmax_of_image = 1\nmax_of_node = 1",
         )
         .unwrap();
         let reloaded = old.reloaded(&new);

@@ -259,6 +259,8 @@ fn restore(
     let sessions = open_sessions(&reader).context("cannot read the history")?;
     let probes = reader.probes(None).context("cannot read the history")?;
     state.remember_sessions(sessions, probes);
+    let since = now.checked_sub(config.respond.within).unwrap_or(Timestamp::MIN);
+    state.remember_answers(reader.answers_since(since).context("cannot read the history")?);
     Ok((state, gap))
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::{self, JoinSet};
 
 use crate::containerd::{Containerd, Error, Killed};
-use crate::model::{ContainerId, FindingId, Incarnation, Outcome};
+use crate::model::{Answer, ContainerId, FindingId, Incarnation, Outcome, ProcessIdentity};
 
 /// How long one request may take before it has failed.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -32,16 +32,34 @@ pub const RESTART: &str = "restart";
 /// The message of a response to a request that has no room.
 pub const TOO_MANY: &str = "too many responses wait to be carried out";
 
+/// The actions of the records that the answers of a rule were stopped, and go on. No request to
+/// a container runtime causes them.
+pub const STOP_ANSWERS: &str = "stop-answers";
+pub const RESUME_ANSWERS: &str = "resume-answers";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
+    /// Kills one process.
+    KillProcess,
     Kill,
     Pause,
     Resume,
 }
 
+impl From<Answer> for Action {
+    fn from(answer: Answer) -> Action {
+        match answer {
+            Answer::KillProcess => Action::KillProcess,
+            Answer::Pause => Action::Pause,
+            Answer::Kill => Action::Kill,
+        }
+    }
+}
+
 impl Action {
     pub fn name(self) -> &'static str {
         match self {
+            Action::KillProcess => "kill-process",
             Action::Kill => "kill",
             Action::Pause => "pause",
             Action::Resume => "resume",
@@ -57,6 +75,9 @@ pub struct ResponseRequest {
     pub container: ContainerId,
     /// The run that is meant. `None` if no run was known at the time of the request.
     pub incarnation: Option<Incarnation>,
+    /// For a kill of one process: which. A start time of 0 stands for the process that has the
+    /// pid now.
+    pub process: Option<ProcessIdentity>,
     pub action: Action,
     pub reason: String,
     /// `uid 0 (pid 4242)` for a person, `setting respond.kill_on` for the policy.
@@ -80,6 +101,7 @@ impl ResponseRequest {
             ticket: self.ticket,
             container: self.container.clone(),
             incarnation: self.incarnation,
+            process: self.process,
             reason: self.reason.clone(),
             requested_by: self.requested_by.clone(),
             requested_at: self.requested_at,
@@ -108,6 +130,15 @@ pub trait Runtime: Clone + Send + Sync + 'static {
         no_restart: bool,
     ) -> impl Future<Output = Result<Killed, Error>> + Send;
 
+    /// Kills one process of a run; returns what happened, for people. A start time of 0 stands
+    /// for the process that has the pid now.
+    fn kill_process(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        process: ProcessIdentity,
+    ) -> impl Future<Output = Result<String, Error>> + Send;
+
     /// Freezes a run; returns what happened, for people.
     fn pause(
         &self,
@@ -131,6 +162,15 @@ impl Runtime for Containerd {
         no_restart: bool,
     ) -> Result<Killed, Error> {
         Containerd::kill(self, container, meant, no_restart).await
+    }
+
+    async fn kill_process(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        process: ProcessIdentity,
+    ) -> Result<String, Error> {
+        Containerd::kill_process(self, container, meant, process).await
     }
 
     async fn pause(
@@ -157,6 +197,8 @@ pub struct Response {
     pub ticket: u64,
     pub container: ContainerId,
     pub incarnation: Option<Incarnation>,
+    /// The process that was meant, if it was not the whole run.
+    pub process: Option<ProcessIdentity>,
     pub reason: String,
     pub requested_by: String,
     pub requested_at: Timestamp,
@@ -277,10 +319,16 @@ pub fn carry_out_now(runtime: &impl Runtime, request: &ResponseRequest) -> Respo
 }
 
 async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Killed, Error> {
-    let ResponseRequest { container, incarnation: meant, no_restart, .. } = request;
+    let ResponseRequest { container, incarnation: meant, process, no_restart, .. } = request;
     let done = |message| Killed { message, restarter: None };
     match request.action {
         Action::Kill => runtime.kill(container, *meant, *no_restart).await,
+        Action::KillProcess => {
+            let Some(process) = process else {
+                return Err(Error::Failed("no process is named: nothing was done".into()));
+            };
+            runtime.kill_process(container, *meant, *process).await.map(done)
+        }
         Action::Pause => runtime.pause(container, *meant).await.map(done),
         Action::Resume => runtime.resume(container, *meant).await.map(done),
     }
@@ -327,6 +375,7 @@ mod tests {
             ticket: 0,
             container: ContainerId::new("default", id),
             incarnation: None,
+            process: None,
             action,
             reason: "a test".into(),
             requested_by: "uid 0 (pid 1)".into(),

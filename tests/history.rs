@@ -116,6 +116,7 @@ fn findings(writer: &Writer, filter: &Filter) -> Vec<FindingId> {
 
 fn response(container: &ContainerId) -> Response {
     Response {
+        process: None,
         ticket: 0,
         incarnation: Some(Incarnation {
             pid: 7,

@@ -125,6 +125,12 @@ fn metrics(
             gauge(started_at.as_duration().as_secs_f64()),
         ),
         (
+            "answers_stopped",
+            "How many rules only report, because they would have answered in too many containers \
+             (driftd status)",
+            large(status.stopped_rules.len() as u64),
+        ),
+        (
             "view_complete",
             "Whether nothing is missing from the view (driftd status)",
             gauge(status.complete.into()),

@@ -102,7 +102,7 @@ enum Command {
     /// Check, list and explain the rules that decide what happens to findings
     #[command(subcommand)]
     Policy(policy::Policy),
-    /// Respond to drift: kill, pause or resume a container
+    /// Respond to drift: kill, pause or resume a container, or kill a process
     #[command(subcommand)]
     Respond(respond::Respond),
     /// Play a text file as if it were a node, and show what driftd reports of it

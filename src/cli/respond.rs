@@ -1,4 +1,5 @@
-//! `driftd respond`: kills, pauses or resumes a container.
+//! `driftd respond`: kills, pauses or resumes a container, kills one of its processes, and lets
+//! rules answer again that were stopped.
 //!
 //! Sends the request and prints the outcome. Decides nothing: the daemon checks the container,
 //! the run and the reason.
@@ -6,11 +7,12 @@
 use std::path::Path;
 
 use clap::Subcommand;
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::client::{Client, call};
 use super::exit::Exit;
-use super::output::{Output, one, safe};
+use super::output::{Output, one, safe, time};
 use crate::api::{convert, proto};
 use crate::model::{ContainerId, Outcome};
 use crate::respond::Action;
@@ -26,10 +28,29 @@ pub(super) enum Respond {
         #[arg(long)]
         no_restart: bool,
     },
+    /// Kill one process of a container
+    KillProcess {
+        #[command(flatten)]
+        target: Target,
+        /// Its pid on the host [default: the process of the finding]
+        #[arg(long, required_unless_present = "finding", value_parser = clap::value_parser!(u32).range(2..))]
+        pid: Option<u32>,
+    },
     /// Freeze a container, so that nothing in it runs
     Pause(Target),
     /// Thaw a paused container
     Resume(Target),
+    /// Let a rule answer again that was stopped, because it would have answered in too many
+    /// containers
+    ResumeAnswers {
+        /// The rule [default: all that are stopped]
+        rule: Option<String>,
+        /// Why: the history keeps it
+        #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        reason: String,
+        #[command(flatten)]
+        output: Output,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -55,12 +76,39 @@ struct ResponseJson {
     outcome: Outcome,
 }
 
+/// A rule whose answers are stopped.
+#[derive(Serialize)]
+pub(super) struct StoppedRuleJson {
+    pub(super) rule: String,
+    pub(super) since: Timestamp,
+    /// The container in which it would have answered next.
+    pub(super) container: ContainerId,
+    pub(super) reason: String,
+}
+
+pub(super) fn stopped_rule_json(stopped: proto::StoppedRule) -> anyhow::Result<StoppedRuleJson> {
+    let proto::StoppedRule { rule, since, namespace, container, reason } = stopped;
+    let since = convert::time_from_proto("stopped_rule.since", since)?;
+    Ok(StoppedRuleJson { rule, since, container: ContainerId::new(&namespace, &container), reason })
+}
+
+#[derive(Serialize)]
+struct ResumedJson {
+    schema: &'static str,
+    /// The rules that answer again.
+    resumed: Vec<StoppedRuleJson>,
+}
+
 impl Respond {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
-        let (action, target, no_restart) = match self {
-            Respond::Kill { target, no_restart } => (Action::Kill, target, no_restart),
-            Respond::Pause(target) => (Action::Pause, target, false),
-            Respond::Resume(target) => (Action::Resume, target, false),
+        let (action, target, no_restart, pid) = match self {
+            Respond::Kill { target, no_restart } => (Action::Kill, target, no_restart, None),
+            Respond::KillProcess { target, pid } => (Action::KillProcess, target, false, pid),
+            Respond::Pause(target) => (Action::Pause, target, false, None),
+            Respond::Resume(target) => (Action::Resume, target, false, None),
+            Respond::ResumeAnswers { rule, reason, output } => {
+                return resume_answers(socket, rule, reason, &output);
+            }
         };
         let request = proto::RespondRequest {
             container: target.container.unwrap_or_default(),
@@ -68,6 +116,7 @@ impl Respond {
             action: convert::action_to_proto(action).into(),
             reason: target.reason.clone(),
             no_restart,
+            pid: pid.unwrap_or_default(),
         };
         let response = call(socket, request, Client::respond)?;
         let outcome =
@@ -81,6 +130,28 @@ impl Respond {
         one(&json, target.output.format, || text(&json))?;
         Ok(if json.outcome.succeeded { Exit::Clean } else { Exit::Failed })
     }
+}
+
+fn resume_answers(
+    socket: &Path,
+    rule: Option<String>,
+    reason: String,
+    output: &Output,
+) -> anyhow::Result<Exit> {
+    let request = proto::ResumeAnswersRequest { rule: rule.unwrap_or_default(), reason };
+    let resumed = call(socket, request, Client::resume_answers)?.resumed;
+    let resumed = resumed.into_iter().map(stopped_rule_json).collect::<anyhow::Result<_>>()?;
+    let result = ResumedJson { schema: "driftd.resumed/v1", resumed };
+    one(&result, output.format, || {
+        if result.resumed.is_empty() {
+            return "no rule is stopped\n".to_owned();
+        }
+        let line = |one: &StoppedRuleJson| {
+            format!("rule {} answers again (stopped since {})\n", safe(&one.rule), time(one.since))
+        };
+        result.resumed.iter().map(line).collect()
+    })?;
+    Ok(Exit::Clean)
 }
 
 fn text(response: &ResponseJson) -> String {

@@ -15,6 +15,7 @@ use super::exit::Exit;
 use super::gap::{GapJson, gap_json};
 use super::output::{Output, age, one, safe, time};
 use super::policy::{self, PolicyJson, policy_json};
+use super::respond::{StoppedRuleJson, stopped_rule_json};
 use crate::api::{convert, proto};
 use crate::config;
 use crate::health::{Loss, Missing};
@@ -61,6 +62,8 @@ struct StatusJson {
     gaps: Vec<GapJson>,
     /// Null if the pipeline does not reply, or the daemon has no rules yet.
     policy: Option<PolicyJson>,
+    /// The rules whose answers are stopped: they only report.
+    stopped_rules: Vec<StoppedRuleJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
 }
@@ -171,6 +174,11 @@ fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<StatusJson> {
         }),
         gaps: status.gaps.iter().map(gap_json).collect::<anyhow::Result<_>>()?,
         policy: status.policy.map(policy_json).transpose()?,
+        stopped_rules: status
+            .stopped_rules
+            .into_iter()
+            .map(stopped_rule_json)
+            .collect::<anyhow::Result<_>>()?,
         missing: map(status.missing, |proto::Missing { name, since, meaning }| Missing {
             name,
             since,
@@ -241,6 +249,12 @@ fn add_counts(lines: &mut Lines, status: &StatusJson) {
     }
     if let Some(policy) = &status.policy {
         add_policy(lines, policy);
+    }
+    for stopped in &status.stopped_rules {
+        let (rule, since) = (safe(&stopped.rule), time(stopped.since));
+        lines.add("Answers", &format!("of rule {rule} STOPPED since {since}: it only reports"));
+        lines.add("", &safe(&stopped.reason));
+        lines.add("", &format!("go on with: driftd respond resume-answers {rule} --reason TEXT"));
     }
     lines.add("Findings", &format!("{} kept (driftd findings)", status.findings));
     lines.add(
@@ -485,6 +499,7 @@ mod tests {
                 gap(None, None),
                 gap(Some(crate::model::ContainerId::new("default", "c\u{1b}1")), Some(7200)),
             ],
+            stopped_rules: Vec::new(),
             missing: vec![Missing {
                 name: "fanotify_mounts".into(),
                 since: "Linux 6.14".into(),

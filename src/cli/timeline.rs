@@ -291,6 +291,7 @@ mod tests {
         let mut alone = crate::cli::findings::tests::samples().remove(2);
         alone.session = None;
         let response = Response {
+            process: None,
             ticket: 0,
             incarnation: None,
             container: ContainerId::new("default", "web"),

@@ -44,6 +44,7 @@ mod images;
 mod manifests;
 mod outbox;
 mod probes;
+mod processes;
 mod recording;
 mod restarts;
 mod snapshots;
@@ -66,7 +67,7 @@ pub use self::tasks::Killed;
 use crate::baseline::{Progress, Proof, Recorded};
 use crate::config;
 use crate::health::Health;
-use crate::model::{ContainerId, Incarnation, printable};
+use crate::model::{ContainerId, Incarnation, ProcessIdentity, printable};
 
 /// The containerds of this node. Clones are handles to the same.
 #[derive(Clone)]
@@ -139,6 +140,18 @@ impl Containerd {
     ) -> Result<Killed, Error> {
         let (endpoint, namespace) = self.find(container).await?;
         let outcome = tasks::kill(&namespace, &container.id, meant, no_restart).await;
+        outcome.map_err(|refused| endpoint.refused_response(refused))
+    }
+
+    /// Kills one process of a run. Returns what happened, as a text.
+    pub async fn kill_process(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        process: ProcessIdentity,
+    ) -> Result<String, Error> {
+        let (endpoint, namespace) = self.find(container).await?;
+        let outcome = processes::kill(&namespace, &container.id, meant, process).await;
         outcome.map_err(|refused| endpoint.refused_response(refused))
     }
 

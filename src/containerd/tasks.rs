@@ -107,7 +107,7 @@ impl From<Status> for Refused {
 /// While the process behind the handle lives, containerd gives neither the ID nor the task to
 /// another container. So the handle is opened and compared first. Then containerd is asked what
 /// it has under the name, and the handle is checked last.
-struct Run<'a> {
+pub(super) struct Run<'a> {
     namespace: &'a Namespace,
     container: &'a str,
     meant: Incarnation,
@@ -115,7 +115,7 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn hold(
+    pub(super) fn hold(
         namespace: &'a Namespace,
         container: &'a str,
         meant: Incarnation,
@@ -138,7 +138,7 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    fn is_there(&self) -> Result<(), Refused> {
+    pub(super) fn is_there(&self) -> Result<(), Refused> {
         if pidfd::has_ended(self.init.as_fd()) { Err(ended(self.meant.pid)) } else { Ok(()) }
     }
 

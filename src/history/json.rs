@@ -13,8 +13,8 @@ use super::record::Record;
 use super::schema::whole_json;
 use crate::model::finding::hex;
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, Incarnation, Labels, Outcome, Probe, Session,
-    printable,
+    Command, ContainerId, Finding, FindingId, Incarnation, Labels, Outcome, Probe, ProcessIdentity,
+    Session, printable,
 };
 use crate::respond::Response;
 
@@ -31,6 +31,8 @@ struct ResponseJson {
     finding: Option<FindingId>,
     #[serde(default)]
     incarnation: Option<Incarnation>,
+    #[serde(default)]
+    process: Option<ProcessIdentity>,
     outcome: Outcome,
 }
 
@@ -73,6 +75,7 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             requested_at: response.requested_at,
             finding: response.finding,
             incarnation: response.incarnation,
+            process: response.process,
             outcome: response.outcome.clone(),
         }),
         Record::Gap { name, container, detail, at, until } => serde_json::to_string(&GapJson {
@@ -182,11 +185,13 @@ impl Kept for Response {
             requested_at,
             finding,
             incarnation,
+            process,
             outcome,
         } = serde_json::from_str(text)?;
         Ok(Response {
             ticket: 0,
             incarnation,
+            process,
             container,
             reason,
             requested_by,

@@ -13,12 +13,14 @@ use super::writers::Writers;
 use crate::baseline::ImageBaseline;
 use crate::budget::Waiting;
 use crate::model::{
-    ChainId, Container, FileTime, Finding, FindingId, Incarnation, Kind, LayerId, Outcome,
+    Answer, ChainId, Container, FileTime, Finding, FindingId, Incarnation, Kind, LayerId, Outcome,
     ProcessIdentity, RootfsPath,
 };
 
 /// Runs of one container that have ended and are remembered as such.
 const MAX_ENDED: usize = 64;
+/// Responses to processes of one run that are remembered.
+const MAX_ANSWERS: usize = 256;
 
 /// Everything about one container.
 #[derive(Debug, Default)]
@@ -52,8 +54,8 @@ pub struct CurrentRun {
     pub init: Option<ProcessIdentity>,
     /// When it began, if driftd saw that.
     pub began_at: Option<Timestamp>,
-    /// The kill that a rule requests for this run.
-    pub kill: Option<Kill>,
+    /// The responses that rules request for this run and its processes, oldest first.
+    answers: VecDeque<Answering>,
     /// The init processes of runs that have ended, the newest last.
     ended: VecDeque<u32>,
 }
@@ -84,10 +86,14 @@ pub struct Watch {
     pub fresh: bool,
 }
 
-/// An automatic kill of one run. It is requested once, and again as long as it fails.
-#[derive(Debug)]
-pub struct Kill {
+/// An automatic response to one run, or to one process of it. It is requested once, and again as
+/// long as it fails.
+#[derive(Clone, Debug)]
+pub struct Answering {
+    pub action: Answer,
     pub incarnation: Incarnation,
+    /// The process that is meant, if it is not the whole run.
+    pub process: Option<ProcessIdentity>,
     pub kind: Kind,
     pub finding: FindingId,
     /// The rule that asks for it.
@@ -98,6 +104,8 @@ pub struct Kill {
     pub failures: u32,
     /// When it is requested again.
     pub due: Option<Timestamp>,
+    /// When a limit has refused it.
+    pub refused: Option<Timestamp>,
 }
 
 /// A kill that was carried out.
@@ -155,6 +163,36 @@ pub enum WatchState {
     Refused(String),
 }
 
+impl CurrentRun {
+    pub fn answers(&self) -> impl Iterator<Item = &Answering> {
+        self.answers.iter()
+    }
+
+    pub fn answers_mut(&mut self) -> impl Iterator<Item = &mut Answering> {
+        self.answers.iter_mut()
+    }
+
+    /// Remembers a response. The oldest one to a process that is over gives way.
+    /// False if there is no room.
+    pub fn remember_answer(&mut self, answer: Answering) -> bool {
+        if self.answers.len() >= MAX_ANSWERS {
+            let is_over = |one: &Answering| {
+                one.process.is_some() && one.ticket.is_none() && one.due.is_none()
+            };
+            match self.answers.iter().position(is_over) {
+                Some(at) => drop(self.answers.remove(at)),
+                None => return false,
+            }
+        }
+        self.answers.push_back(answer);
+        true
+    }
+
+    pub fn forget_answers(&mut self, is_meant: impl Fn(&Answering) -> bool) {
+        self.answers.retain(|answer| !is_meant(answer));
+    }
+}
+
 impl Watch {
     pub fn is_attached(&self) -> bool {
         matches!(self.state, WatchState::Attached { .. })
@@ -172,10 +210,11 @@ impl Entry {
         if self.run.pid == Some(pid) {
             return;
         }
-        // The run may have been seen, and its kill requested, before containerd reported it.
-        let kill = self.run.kill.take().filter(|kill| kill.incarnation.pid == pid);
+        // The run may have been seen, and a response requested, before containerd reported it.
+        let mut answers = std::mem::take(&mut self.run.answers);
+        answers.retain(|answer| answer.incarnation.pid == pid);
         self.run_ended();
-        self.run.kill = kill;
+        self.run.answers = answers;
         self.run.ended.retain(|ended| *ended != pid);
         if let Some(former) = &mut self.former {
             former.ended.retain(|ended| *ended != pid);
@@ -184,11 +223,11 @@ impl Entry {
         self.run.began_at = None;
     }
 
-    /// The run is over, and with it the kill that was requested for it. Returns the pid of
+    /// The run is over, and with it the responses that were requested for it. Returns the pid of
     /// its init, if there was one.
     pub fn run_ended(&mut self) -> Option<u32> {
         self.run.init = None;
-        self.run.kill = None;
+        self.run.answers.clear();
         let pid = self.run.pid.take()?;
         if self.run.ended.len() == MAX_ENDED {
             self.run.ended.pop_front();
@@ -293,7 +332,7 @@ impl Entry {
             && let Some(process) = &finding.process
         {
             let process = Arc::new(process.clone());
-            let _ = self.writers.remember_package_manager(process, None, |_| false);
+            let _ = self.writers.remember_package_manager(&process, None, |_| false);
         }
         self.findings.insert(finding);
     }

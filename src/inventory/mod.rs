@@ -12,6 +12,6 @@ mod members;
 mod writers;
 
 pub use self::containers::Inventory;
-pub use self::entry::{BaselineState, Entry, Kill, Killed, WatchState};
+pub use self::entry::{Answering, BaselineState, Entry, Killed, WatchState};
 pub use self::members::{Aspect, Reported};
 pub use self::writers::Unpacking;

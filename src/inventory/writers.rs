@@ -46,15 +46,15 @@ impl Writers {
     /// transaction of the first one, if `continues` allows it. Returns that first one.
     pub fn remember_package_manager(
         &mut self,
-        process: Arc<Process>,
+        process: &Arc<Process>,
         init: Option<ProcessIdentity>,
         continues: impl Fn(&Process) -> bool,
     ) -> Option<Arc<Process>> {
-        if self.package_manager_of(&process).is_some() {
+        if self.package_manager_of(process).is_some() {
             return None;
         }
         let first = init.and_then(|init| {
-            let own = Work::of(&process, init)?;
+            let own = Work::of(process, init)?;
             let known = self.package_managers.iter().map(|(_, first)| first);
             let known = known.filter_map(|first| Some((first, Work::of(first, init)?)));
             let mut same = known.clone().filter(|(_, work)| own.is_same(work)).peekable();

@@ -184,6 +184,7 @@ macro_rules! by_name {
 by_name!(Kind, "finding kind");
 by_name!(Severity, "severity");
 by_name!(Disposition, "disposition");
+by_name!(Answer, "answer");
 
 impl Serialize for Kind {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -354,6 +355,11 @@ pub struct Finding {
 }
 
 impl Verdict {
+    /// Whether a response is requested and carried out.
+    pub fn is_answered(&self) -> bool {
+        self.answers.iter().any(|answer| !answer.dry_run)
+    }
+
     /// Whether an exception expects the finding.
     pub fn is_accept(&self) -> bool {
         self.disposition == Disposition::Accept
@@ -429,31 +435,84 @@ pub struct Expected {
 
 /// What the policy decides to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Disposition {
     Report,
     /// An exception expects it: it is kept, and left out of listings, streams and responses.
     Accept,
+    /// It is reported and answered; this is the strongest of the answers.
+    KillProcess,
+    Pause,
     Kill,
 }
 
 impl Disposition {
-    pub const ALL: &'static [Disposition] =
-        &[Disposition::Report, Disposition::Accept, Disposition::Kill];
+    pub const ALL: &'static [Disposition] = &[
+        Disposition::Report,
+        Disposition::Accept,
+        Disposition::KillProcess,
+        Disposition::Pause,
+        Disposition::Kill,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Disposition::Report => "report",
             Disposition::Accept => "accept",
+            Disposition::KillProcess => "kill-process",
+            Disposition::Pause => "pause",
             Disposition::Kill => "kill",
         }
     }
 }
 
+/// What driftd does about a finding, in the order of strength.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// The process that did it is killed.
+    KillProcess,
+    /// The container is frozen.
+    Pause,
+    /// The container is killed.
+    Kill,
+}
+
+impl Answer {
+    pub const ALL: &'static [Answer] = &[Answer::KillProcess, Answer::Pause, Answer::Kill];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Answer::KillProcess => "kill-process",
+            Answer::Pause => "pause",
+            Answer::Kill => "kill",
+        }
+    }
+
+    /// The disposition of a finding whose strongest answer this is.
+    pub fn disposition(self) -> Disposition {
+        match self {
+            Answer::KillProcess => Disposition::KillProcess,
+            Answer::Pause => Disposition::Pause,
+            Answer::Kill => Disposition::Kill,
+        }
+    }
+}
+
+/// An answer that a rule asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleAnswer {
+    pub action: Answer,
+    pub rule: String,
+    /// It is not carried out, because `policy.enforce` is `dry-run`.
+    pub dry_run: bool,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The response that the policy requests: `kill`; null if it only reports.
+    /// The strongest response that the policy requests: `kill-process`, `pause` or `kill`; null
+    /// if it only reports.
     pub action: Option<String>,
     /// The rule that decided: an exception, the one whose response is requested, or the one
     /// that has changed the severity. Null for the default.
@@ -469,12 +528,16 @@ pub struct Verdict {
     /// The severity that the kind has here without a rule; null if no rule has changed it.
     #[serde(default)]
     pub unchanged_severity: Option<Severity>,
+    /// All responses that the policy requests, in the order in which they are carried out.
+    #[serde(default)]
+    pub answers: Vec<RuleAnswer>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// `kill`, `pause` or `resume`; `restart` if a killed container was started again, which
-    /// is no response of driftd.
+    /// `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container was started
+    /// again, which is no response of driftd; `stop-answers` if a rule's answers were stopped,
+    /// and `resume-answers`.
     pub action: String,
     pub succeeded: bool,
     /// The container run that the response was for is over: nothing was done.

@@ -32,8 +32,8 @@ pub use declared_probe::{DeclaredProbe, ProbeSource};
 pub use digest::{Blake3Hash, ChainId, DiffId, ManifestDigest, Sha256Hash};
 pub use file::{Content, CouldChange, FileState, FileTime, FileType, Filesystem, Format, Unhashed};
 pub use finding::{
-    Attack, Disposition, Expected, FileEvidence, Finding, Kind, Member, Outcome, Restarter,
-    Severity, Verdict,
+    Answer, Attack, Disposition, Expected, FileEvidence, Finding, Kind, Member, Outcome, Restarter,
+    RuleAnswer, Severity, Verdict,
 };
 pub use globs::PathGlobs;
 pub use id::{FindingId, ProbeId, SessionId};

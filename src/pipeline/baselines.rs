@@ -10,6 +10,7 @@ use super::commands::{scan, send_entry_point, send_trust};
 use super::findings::{new_finding, set_container};
 use super::layers::Tampered;
 use super::messages::Effect;
+use super::responses::Actor;
 use super::state::State;
 use crate::baseline::{BaselineEvent, ImageBaseline};
 use crate::detect;
@@ -204,10 +205,10 @@ impl State {
         }
         let Some(entry) = self.inventory.get_mut(id) else { return };
         if !entry.findings.has_room_for(&missing) {
-            self.fold_finding(id, None, &missing, now, effects);
+            self.fold_finding(id, Actor::default(), &missing, now, effects);
             return;
         }
         entry.insert_finding(missing);
-        self.publish(id, finding, None, now, effects);
+        self.publish(id, finding, Actor::default(), now, effects);
     }
 }

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::aggregation::{is_reported_as_executed, is_run, transaction_id};
 use super::evidence::{Emission, Evidence, expected, file_evidence, removed_evidence};
 use super::messages::Effect;
-use super::responses::Cause;
+use super::responses::{Actor, Cause};
 use super::state::State;
 use crate::budget;
 use crate::detect::{Assessment, Judgement};
@@ -15,7 +15,7 @@ use crate::inventory::{Aspect, Entry, Reported};
 use crate::model::finding::{ContainerEvidence, SCHEMA};
 use crate::model::{
     Blake3Hash, ContainerId, FileState, Finding, FindingId, ImageReference, Kind, Observation,
-    Process, ProcessIdentity, RootfsPath, Source, Verdict,
+    Process, RootfsPath, Source, Verdict,
 };
 use crate::policy::Decision;
 
@@ -124,7 +124,7 @@ impl State {
             entry.insert_finding(finding);
         }
         self.session_caused(observation, evidence.process, id, now, effects);
-        self.publish(container, id, Some(observation.init), now, effects);
+        self.publish(container, id, Actor::of(emission), now, effects);
     }
 
     /// A finding that has not been reported yet.
@@ -167,12 +167,11 @@ impl State {
     }
 
     /// Records the newest revision of a finding, and responds to it as the settings say.
-    /// `init` names the run that the finding is about; without one it is the current run.
     pub(super) fn publish(
         &mut self,
         container: &ContainerId,
         id: FindingId,
-        init: Option<ProcessIdentity>,
+        actor: Actor,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
@@ -180,7 +179,7 @@ impl State {
         let Some(finding) = entry.findings.get(&id) else { return };
         effects.push(Effect::finding(finding));
         let (kind, verdict) = (finding.kind, &finding.verdict.clone());
-        let cause = Cause { container, init, kind, verdict, finding: id };
+        let cause = Cause { container, actor, kind, verdict, finding: id };
         self.respond(&cause, now, effects);
     }
 

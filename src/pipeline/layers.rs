@@ -11,6 +11,7 @@ use super::evidence::{entry_evidence, expected, removed_evidence};
 use super::findings::{new_finding, set_container};
 use super::gaps::{Gap, Until};
 use super::messages::Effect;
+use super::responses::Actor;
 use super::state::State;
 use crate::baseline::merge::Shown;
 use crate::baseline::{FileEntry, KnownBaseline, LayerDifference, LayerEntry};
@@ -172,11 +173,11 @@ impl State {
             Some(container) => {
                 let Some(entry) = self.inventory.get_mut(container) else { return };
                 if !entry.findings.has_room_for(&finding) {
-                    self.fold_finding(container, None, &finding, now, effects);
+                    self.fold_finding(container, Actor::default(), &finding, now, effects);
                     return;
                 }
                 entry.insert_finding(finding);
-                self.publish(container, id, None, now, effects);
+                self.publish(container, id, Actor::default(), now, effects);
             }
             None => {
                 effects.push(Effect::finding(&finding));

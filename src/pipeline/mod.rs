@@ -17,6 +17,7 @@
 
 mod aggregation;
 mod baselines;
+mod breaker;
 mod commands;
 mod decide;
 mod diffs;
@@ -29,6 +30,7 @@ mod layers;
 mod losses;
 mod messages;
 mod node;
+mod process_kills;
 mod requests;
 mod responses;
 mod run;
@@ -42,6 +44,7 @@ mod unannounced;
 #[cfg(test)]
 mod tests;
 
+pub use self::breaker::StoppedRule;
 pub use self::gaps::Gap;
 pub use self::messages::{Effect, Input};
 pub use self::requests::{

@@ -4,10 +4,12 @@
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
+use super::breaker::StoppedRule;
 use super::gaps::Gap;
 pub use crate::detect::Change as DifferenceKind;
 use crate::model::{
-    Container, ContainerId, FindingId, Incarnation, Kind, Probe, ProbeId, RootfsPath, Severity,
+    Container, ContainerId, FindingId, Incarnation, Kind, Probe, ProbeId, ProcessIdentity,
+    RootfsPath, Severity,
 };
 use crate::policy::Policy;
 use crate::respond::{Action, Response};
@@ -28,11 +30,22 @@ pub enum ApiRequest {
         /// The finding that the response is for, and the run in which it was seen. Without
         /// one, the response is for the run that there is now.
         cause: Option<Box<(FindingId, Incarnation)>>,
+        /// For a kill of one process: which. A start time of 0 stands for the process that has
+        /// the pid now.
+        process: Option<Box<ProcessIdentity>>,
         action: Action,
         reason: String,
         requested_by: String,
         no_restart: bool,
         reply: oneshot::Sender<Result<Response, LookupError>>,
+    },
+    /// Lets the answers of a rule, or of all rules, be carried out again. The reply names those
+    /// that were stopped.
+    ResumeAnswers {
+        rule: Option<String>,
+        reason: String,
+        requested_by: String,
+        reply: oneshot::Sender<Vec<StoppedRule>>,
     },
     /// Which container the text of a user names.
     Lookup {
@@ -66,6 +79,8 @@ pub struct Status {
     /// The times in which the view was incomplete: first those that still last, then the
     /// others, newest first.
     pub gaps: Vec<Gap>,
+    /// The rules whose answers are stopped.
+    pub stopped_rules: Vec<StoppedRule>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,75 +1,271 @@
-//! Responses: the kill that a rule requests for a finding, and what comes of responses.
+//! Responses: what rules request for a finding, and what comes of responses.
 //!
-//! A kill is requested once for a run, and again while it fails. `respond` carries it out.
+//! A kill or a pause is requested once for a run, a kill of a process once for each process, and
+//! again while it fails. `breaker` limits how much rules may do. `respond` carries it out.
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::breaker::{Asked, Refusal, StoppedRule};
+use super::evidence::Emission;
 use super::messages::Effect;
+use super::process_kills::ProcessKills;
 use super::state::{ResponseReply, State, successful_kill};
 use crate::history::Record;
-use crate::inventory::{Kill, Killed};
+use crate::inventory::{Answering, Entry, Killed};
 use crate::model::{
-    ContainerId, Disposition, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, Verdict,
+    Answer, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, RuleAnswer,
+    Verdict,
 };
 use crate::policy::KILL_ON;
-use crate::respond::{Action, RESTART, Response, ResponseRequest};
+use crate::respond::{RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS, TOO_MANY};
 
-/// The pauses before a failed kill is tried again: each is twice as long as the last one.
+/// The pauses before a failed response is tried again: each is twice as long as the last one.
 const FIRST_PAUSE: SignedDuration = SignedDuration::from_secs(1);
 const LONGEST_PAUSE: SignedDuration = SignedDuration::from_secs(300);
+/// Where something happened: the run of the container and the process.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Actor {
+    /// The init of the run; without one it is the current run.
+    pub(super) init: Option<ProcessIdentity>,
+    /// The process that did it, if one is known.
+    pub(super) process: Option<ProcessIdentity>,
+}
+
+impl Actor {
+    pub(super) fn of(emission: &Emission<'_>) -> Actor {
+        let Emission { observation, evidence, .. } = *emission;
+        let process = evidence.process.map(|process| process.identity);
+        Actor { init: Some(observation.init), process }
+    }
+}
 
 /// Why a response may be due.
 pub(super) struct Cause<'a> {
     pub(super) container: &'a ContainerId,
-    /// The init of the run that the finding is about; without one it is the current run.
-    pub(super) init: Option<ProcessIdentity>,
+    pub(super) actor: Actor,
     pub(super) kind: Kind,
     pub(super) verdict: &'a Verdict,
     pub(super) finding: FindingId,
 }
 
 impl State {
-    /// Responds to a finding as its verdict says, once for a run. It makes no difference
-    /// whether the finding is kept.
+    /// Responds to a finding as its verdict says. It makes no difference whether the finding is
+    /// kept.
     pub(super) fn respond(&mut self, cause: &Cause<'_>, now: Timestamp, effects: &mut Vec<Effect>) {
-        let Cause { container, init, kind, verdict, finding } = *cause;
-        if verdict.disposition != Disposition::Kill {
-            return;
+        for answer in cause.verdict.answers.iter().filter(|answer| !answer.dry_run) {
+            self.answer(cause, answer, now, effects);
         }
-        let Some(entry) = self.inventory.get_mut(container) else { return };
-        let meant = init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
-        // The run that did it has ended: the current one is another.
-        let Some(incarnation) = meant else { return };
-        let known = entry.run.kill.as_ref();
-        if known.is_some_and(|kill| is_same_run(&kill.incarnation, &incarnation)) {
-            return;
-        }
-        let (ticket, failures, due) = (None, 0, None);
-        let rule = verdict.rule.clone().unwrap_or_default();
-        entry.run.kill = Some(Kill { incarnation, kind, finding, rule, ticket, failures, due });
-        self.request_kill(container, now, effects);
     }
 
-    /// Requests the kill that a container's entry holds.
-    fn request_kill(&mut self, container: &ContainerId, now: Timestamp, effects: &mut Vec<Effect>) {
-        let ticket = self.ticket();
-        let kill = self.inventory.get_mut(container).and_then(|entry| entry.run.kill.as_mut());
-        let Some(kill) = kill else { return };
-        (kill.ticket, kill.due) = (Some(ticket), None);
-        let request = ResponseRequest {
-            ticket,
-            container: container.clone(),
-            incarnation: Some(kill.incarnation),
-            action: Action::Kill,
-            reason: format!("{} {}", kill.kind, kill.finding),
-            requested_by: match kill.rule.as_str() {
-                KILL_ON => format!("setting {KILL_ON}"),
-                rule => format!("rule {rule}"),
+    fn answer(
+        &mut self,
+        cause: &Cause<'_>,
+        answer: &RuleAnswer,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Cause { container, actor, kind, finding, .. } = *cause;
+        let action = answer.action;
+        let process = match action {
+            Answer::KillProcess => match actor.process {
+                Some(process) => Some(process),
+                // No process did it, or none is known: there is nothing to kill.
+                None => return,
             },
-            requested_at: now,
-            finding: Some(kill.finding),
-            no_restart: false,
+            Answer::Pause | Answer::Kill => None,
         };
+        let limits = self.policy.limits;
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let meant =
+            actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
+        // The run that did it has ended: the current one is another.
+        let Some(incarnation) = meant else { return };
+        let is_it = |one: &Answering| {
+            one.action == action
+                && one.process == process
+                && is_same_run(&one.incarnation, &incarnation)
+        };
+        let is_over = |one: &Answering| {
+            let within = SignedDuration::try_from(limits.within).unwrap_or(SignedDuration::MAX);
+            one.refused.is_some_and(|at| now.duration_since(at) > within)
+        };
+        entry.run.forget_answers(|one| is_it(one) && is_over(one));
+        if entry.run.answers().any(is_it) {
+            return;
+        }
+        let rule = answer.rule.clone();
+        let answering = Answering {
+            action,
+            incarnation,
+            process,
+            kind,
+            finding,
+            rule: rule.clone(),
+            ticket: None,
+            failures: 0,
+            due: None,
+            refused: None,
+        };
+        // With its init, the whole run ends.
+        let is_whole = process.is_none_or(|process| Some(process) == entry.run.init);
+        let asked = asked_in(container, entry, rule, is_whole);
+        let permitted = match process {
+            Some(ProcessIdentity { start_time: 0, .. }) => Err(Refusal::Limit(
+                "the process had ended before it was known well enough to be killed".into(),
+            )),
+            _ => self.responses.breaker.permit(asked, limits, now),
+        };
+        match permitted {
+            Ok(()) => {
+                let key = (action, process);
+                if entry.run.remember_answer(answering.clone()) {
+                    self.request_answer(container, key, now, effects);
+                } else {
+                    let request = self.request_of(container, &answering, now);
+                    self.record_response(request.failed(TOO_MANY.to_owned()), now, effects);
+                }
+            }
+            Err(refusal) => {
+                entry.run.remember_answer(Answering { refused: Some(now), ..answering.clone() });
+                self.refuse(container, &answering, refusal, now, effects);
+            }
+        }
+    }
+
+    /// Records an answer that is not carried out.
+    fn refuse(
+        &mut self,
+        container: &ContainerId,
+        answering: &Answering,
+        refusal: Refusal,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let message = match refusal {
+            Refusal::Limit(why) => format!("not carried out: {why}"),
+            Refusal::Stopped(stopped, is_new) => {
+                if is_new {
+                    self.report_stopped(&stopped, effects);
+                }
+                format!(
+                    "not carried out: the answers of rule {} are stopped since {}: {} (go on \
+                     with: driftd respond resume-answers {})",
+                    stopped.rule, stopped.since, stopped.reason, stopped.rule
+                )
+            }
+        };
+        let response = self.request_of(container, answering, now).failed(message);
+        let entry = self.inventory.get_mut(container);
+        let finding = entry.and_then(|entry| entry.findings.get_mut(&answering.finding));
+        if let Some(finding) = finding {
+            finding.outcome = Some(response.outcome.clone());
+            finding.revision += 1;
+            effects.push(Effect::finding(finding));
+        }
+        self.record_response(response, now, effects);
+    }
+
+    fn report_stopped(&mut self, stopped: &StoppedRule, effects: &mut Vec<Effect>) {
+        let StoppedRule { rule, since, container, reason } = stopped;
+        tracing::error!(
+            rule,
+            "the answers of a rule are stopped, and it only reports: {reason} (go on with: driftd \
+             respond resume-answers {rule})"
+        );
+        let response = about_rule(STOP_ANSWERS, container, reason, requested_by(rule), *since);
+        effects.push(Effect::Record(Record::Response(Box::new(response))));
+    }
+
+    /// Lets a rule answer again, or all of them.
+    pub(super) fn resume_answers(
+        &mut self,
+        rule: Option<&str>,
+        reason: &str,
+        user: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> Vec<StoppedRule> {
+        let resumed = self.responses.breaker.resume(rule);
+        for stopped in &resumed {
+            let StoppedRule { rule, container, .. } = stopped;
+            tracing::warn!(rule, "the answers of a rule are carried out again: {reason}");
+            let reason = format!("{}: {reason}", requested_by(rule));
+            let response = about_rule(RESUME_ANSWERS, container, &reason, user.to_owned(), now);
+            effects.push(Effect::Record(Record::Response(Box::new(response))));
+            for (_, entry) in self.inventory.iter_mut() {
+                entry.run.forget_answers(|one| one.refused.is_some() && one.rule == *rule);
+            }
+        }
+        resumed
+    }
+
+    /// Takes in the responses of the history that count for the limits, oldest first.
+    pub fn remember_answers(&mut self, responses: Vec<Response>) {
+        let breaker = &mut self.responses.breaker;
+        for response in responses {
+            let Response { container, requested_by, requested_at, reason, outcome, .. } = response;
+            match outcome.action.as_str() {
+                STOP_ANSWERS => {
+                    let Some(rule) = rule_of(&requested_by) else { continue };
+                    let (rule, since) = (rule.to_owned(), requested_at);
+                    breaker.stop(StoppedRule { rule, since, container, reason });
+                }
+                RESUME_ANSWERS => {
+                    let rule = reason.split_once(": ").and_then(|(rule, _)| rule_of(rule));
+                    if let Some(rule) = rule {
+                        breaker.resume(Some(rule));
+                    }
+                }
+                action if outcome.succeeded => {
+                    let Some(rule) = rule_of(&requested_by) else { continue };
+                    let is_whole = action != Answer::KillProcess.name();
+                    let rule = rule.to_owned();
+                    let asked = Asked { rule, container, pod: None, image: None, is_whole };
+                    breaker.remember(requested_at, asked);
+                }
+                _ => (),
+            }
+        }
+    }
+
+    fn request_of(
+        &mut self,
+        container: &ContainerId,
+        answering: &Answering,
+        now: Timestamp,
+    ) -> ResponseRequest {
+        ResponseRequest {
+            ticket: self.ticket(),
+            container: container.clone(),
+            incarnation: Some(answering.incarnation),
+            process: answering.process,
+            action: answering.action.into(),
+            reason: format!("{} {}", answering.kind, answering.finding),
+            requested_by: requested_by(&answering.rule),
+            requested_at: now,
+            finding: Some(answering.finding),
+            no_restart: answering.action == Answer::Kill && self.policy.stop_restarts,
+        }
+    }
+
+    /// Requests a response that a container's entry holds.
+    fn request_answer(
+        &mut self,
+        container: &ContainerId,
+        key: (Answer, Option<ProcessIdentity>),
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let is_it =
+            |one: &&mut Answering| (one.action, one.process) == key && one.refused.is_none();
+        let entry = self.inventory.get_mut(container);
+        let known = entry.and_then(|entry| entry.run.answers_mut().find(is_it));
+        let Some(answering) = known.map(|known| known.clone()) else { return };
+        let request = self.request_of(container, &answering, now);
+        let entry = self.inventory.get_mut(container);
+        if let Some(known) = entry.and_then(|entry| entry.run.answers_mut().find(is_it)) {
+            (known.ticket, known.due) = (Some(request.ticket), None);
+        }
         self.request_response(request, None, effects);
     }
 
@@ -91,17 +287,28 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        effects.push(Effect::Record(Record::Response(Box::new(response.clone()))));
+        let mut response = response;
+        self.count_process_kill(&mut response);
+        self.record_response(response.clone(), now, effects);
         if let Some(entry) = self.inventory.get_mut(&response.container) {
-            if let Some(kill) = &mut entry.run.kill
-                && kill.ticket == Some(response.ticket)
-            {
-                kill.ticket = None;
+            let is_it = |one: &&mut Answering| one.ticket == Some(response.ticket);
+            let mut paused = None;
+            if let Some(answering) = entry.run.answers_mut().find(is_it) {
+                answering.ticket = None;
                 if !response.outcome.succeeded && !response.outcome.gone {
-                    kill.failures = kill.failures.saturating_add(1);
-                    kill.due = Some(now.saturating_add(pause_after(kill.failures)).unwrap_or(now));
-                    self.responses.failed_kills.insert(response.container.clone());
+                    let failures = answering.failures.saturating_add(1);
+                    answering.failures = failures;
+                    answering.due = Some(now.saturating_add(pause_after(failures)).unwrap_or(now));
+                    self.responses.failed.insert(response.container.clone());
+                } else if answering.action == Answer::Pause {
+                    paused = Some(answering.incarnation);
                 }
+            }
+            if let Some(run) = paused {
+                // A user may resume the container, and it may go on.
+                entry.run.forget_answers(|one| {
+                    one.action == Answer::Pause && is_same_run(&one.incarnation, &run)
+                });
             }
             if let Some(finding) = response.finding.and_then(|id| entry.findings.get_mut(&id)) {
                 finding.outcome = Some(response.outcome.clone());
@@ -155,6 +362,7 @@ impl State {
             ticket: 0,
             container: id.clone(),
             incarnation: Some(incarnation),
+            process: None,
             reason: format!("pid {} was killed", before.pid),
             requested_by: by,
             requested_at: outcome.at,
@@ -170,27 +378,83 @@ impl State {
         }))));
     }
 
-    /// When a kill that has failed is requested again.
-    pub(super) fn kill_due(&self) -> Option<Timestamp> {
-        let failed = self.responses.failed_kills.iter();
-        let kills = failed.filter_map(|id| self.inventory.get(id)?.run.kill.as_ref());
-        kills.filter_map(|kill| kill.due).min()
+    /// Records a response. The kills of processes for one finding may be very many.
+    fn record_response(&mut self, response: Response, now: Timestamp, effects: &mut Vec<Effect>) {
+        let key = (response.container.clone(), response.finding);
+        if response.process.is_some() && rule_of(&response.requested_by).is_some() {
+            if let Some(kills) = self.responses.processes.get_mut(&key) {
+                kills.count(response);
+                return;
+            }
+            let kills = ProcessKills::begun(&response, now);
+            self.responses.processes.insert(key, kills);
+        }
+        effects.push(Effect::Record(Record::Response(Box::new(response))));
     }
 
-    /// Requests failed kills again, as long as their run is there.
-    pub(super) fn retry_kills(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+    /// Says in an outcome how many processes were killed for its finding.
+    fn count_process_kill(&self, response: &mut Response) {
+        let key = (response.container.clone(), response.finding);
+        if response.process.is_some()
+            && response.outcome.succeeded
+            && let Some(kills) = self.responses.processes.get(&key)
+        {
+            response.outcome.message += &format!(" ({} so far)", kills.total() + 1);
+        }
+    }
+
+    /// Records the kills of processes that wait for that: those that are due, or all.
+    pub(super) fn record_process_kills(
+        &mut self,
+        now: Timestamp,
+        all: bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.responses.processes.retain(|_, kills| {
+            if !all && !kills.is_due(now) {
+                return true;
+            }
+            let record = kills.record(now);
+            let is_going_on = record.is_some();
+            effects.extend(
+                record.map(|response| Effect::Record(Record::Response(Box::new(response)))),
+            );
+            is_going_on
+        });
+    }
+
+    /// When a response that has failed is requested again, or kills of processes are recorded.
+    pub(super) fn response_due(&self) -> Option<Timestamp> {
+        let failed = self.responses.failed.iter();
+        let answers = failed.filter_map(|id| self.inventory.get(id));
+        let due = answers.flat_map(|entry| entry.run.answers()).filter_map(|answer| answer.due);
+        let together = self.responses.processes.values().map(ProcessKills::due);
+        due.chain(together).min()
+    }
+
+    /// Requests failed responses again, as long as their run is there.
+    pub(super) fn retry_answers(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let is_due = |due: Timestamp| {
             // After a clock was set back it would be far away.
             due <= now || due.duration_since(now) > LONGEST_PAUSE
         };
-        for id in std::mem::take(&mut self.responses.failed_kills) {
-            let kill = self.inventory.get(&id).and_then(|entry| entry.run.kill.as_ref());
-            match kill.and_then(|kill| kill.due) {
-                Some(due) if is_due(due) => self.request_kill(&id, now, effects),
-                Some(_) => {
-                    self.responses.failed_kills.insert(id);
+        for id in std::mem::take(&mut self.responses.failed) {
+            let Some(entry) = self.inventory.get(&id) else { continue };
+            let waiting: Vec<_> = entry
+                .run
+                .answers()
+                .filter_map(|one| Some((one.due?, (one.action, one.process))))
+                .collect();
+            let mut is_left = false;
+            for (due, key) in waiting {
+                if is_due(due) {
+                    self.request_answer(&id, key, now, effects);
+                } else {
+                    is_left = true;
                 }
-                None => (),
+            }
+            if is_left {
+                self.responses.failed.insert(id);
             }
         }
     }
@@ -209,7 +473,60 @@ impl State {
             let response = request.failed(message.to_owned());
             effects.push(Effect::Record(Record::Response(Box::new(response))));
         }
+        self.record_process_kills(Timestamp::now(), true, effects);
         count
+    }
+}
+
+/// An answer in a container, as the limits count it.
+fn asked_in(container: &ContainerId, entry: &Entry, rule: String, is_whole: bool) -> Asked {
+    let known = entry.container.as_ref();
+    let pod = known.and_then(|known| known.pod.as_ref());
+    Asked {
+        rule,
+        container: container.clone(),
+        pod: pod.map(|pod| format!("{}/{}", pod.namespace, pod.name)),
+        image: known.and_then(|known| known.image.name.clone()),
+        is_whole,
+    }
+}
+
+/// How the history names a rule that has requested a response.
+fn requested_by(rule: &str) -> String {
+    if rule == KILL_ON { format!("setting {rule}") } else { format!("rule {rule}") }
+}
+
+/// The rule that has requested a response, if it was one.
+pub(super) fn rule_of(requested_by: &str) -> Option<&str> {
+    let rule = requested_by.strip_prefix("rule ");
+    rule.or_else(|| requested_by.strip_prefix("setting ").filter(|name| *name == KILL_ON))
+}
+
+/// A record about the answers of a rule. It names the container in which it would have answered.
+fn about_rule(
+    action: &str,
+    container: &ContainerId,
+    reason: &str,
+    requested_by: String,
+    at: Timestamp,
+) -> Response {
+    Response {
+        ticket: 0,
+        container: container.clone(),
+        incarnation: None,
+        process: None,
+        reason: reason.to_owned(),
+        requested_by,
+        requested_at: at,
+        finding: None,
+        outcome: Outcome {
+            action: action.to_owned(),
+            succeeded: true,
+            gone: false,
+            message: reason.to_owned(),
+            restarter: None,
+            at,
+        },
     }
 }
 

@@ -51,10 +51,16 @@ impl State {
                 let changed = self.set_probe(probe, reported, effects);
                 let _ = reply.send(changed.ok_or(LookupError::UnknownProbe(probe)));
             }
+            ApiRequest::ResumeAnswers { rule, reason, requested_by, reply } => {
+                let rule = rule.as_deref();
+                let resumed = self.resume_answers(rule, &reason, &requested_by, now, effects);
+                let _ = reply.send(resumed);
+            }
             ApiRequest::Diff { container, reply } => self.start_diff(&container, reply, effects),
             ApiRequest::Respond {
                 container,
                 cause,
+                process,
                 action,
                 reason,
                 requested_by,
@@ -71,6 +77,7 @@ impl State {
                             ticket: self.ticket(),
                             container,
                             incarnation,
+                            process: process.map(|process| *process),
                             action,
                             reason,
                             requested_by,

@@ -9,10 +9,12 @@ use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::aggregation::Unpublished;
+use super::breaker::Breaker;
 use super::diffs::PendingDiff;
 use super::endpoints::Endpoints;
 use super::gaps::{Gap, Gaps, Until};
 use super::messages::{Effect, Input};
+use super::process_kills::ProcessKills;
 use super::requests::LookupError;
 use super::sessions::Sessions;
 use super::unannounced::Unannounced;
@@ -50,8 +52,11 @@ pub struct State {
 pub(super) struct Responses {
     /// Those that are being carried out, by ticket, each with the client that waits for it.
     pub(super) pending: HashMap<u64, (ResponseRequest, Option<ResponseReply>)>,
-    /// Containers whose kill has failed. It may be requested again.
-    pub(super) failed_kills: HashSet<ContainerId>,
+    /// Containers with a response that has failed. It may be requested again.
+    pub(super) failed: HashSet<ContainerId>,
+    /// Kills of processes that are recorded together.
+    pub(super) processes: HashMap<(ContainerId, Option<FindingId>), ProcessKills>,
+    pub(super) breaker: Breaker,
 }
 
 /// Sends the outcome of a response to the client that has requested it.
@@ -152,7 +157,7 @@ impl State {
     /// When something is due although nothing happens.
     pub fn next_due(&self) -> Option<Timestamp> {
         let others = [self.unpublished.due(), self.sessions.due(), self.gaps.next_due()];
-        others.into_iter().chain([self.missing_baseline_due(), self.kill_due()]).flatten().min()
+        others.into_iter().chain([self.missing_baseline_due(), self.response_due()]).flatten().min()
     }
 
     fn due(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
@@ -163,7 +168,8 @@ impl State {
         if self.sessions.due().is_some_and(|due| due <= now) {
             self.publish_sessions(now, effects);
         }
-        self.retry_kills(now, effects);
+        self.retry_answers(now, effects);
+        self.record_process_kills(now, false, effects);
         self.report_missing_baselines(now, effects);
     }
 

@@ -48,6 +48,7 @@ impl State {
             containers_waiting: waiting,
             problems,
             gaps: self.gaps.all(),
+            stopped_rules: self.responses.breaker.stopped().cloned().collect(),
         }
     }
 

@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, Sender};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
-use super::responses::Cause;
+use super::responses::{Actor, Cause};
 use super::run::{Carried, carry_out_all};
 use super::{ApiRequest, Effect, Input, Inputs, LookupError, Outputs, State};
 use crate::baseline::{
@@ -641,7 +641,8 @@ fn became(request: &ResponseRequest, succeeded: bool, gone: bool) -> Input {
 }
 
 fn killing(kinds: &[Kind]) -> Node {
-    let mut node = Node::new(Respond { kill_on: kinds.iter().copied().collect() }, Vec::new());
+    let kill_on = kinds.iter().copied().collect();
+    let mut node = Node::new(Respond { kill_on, ..Respond::default() }, Vec::new());
     node.play("start c1\nbaseline\nattached c1");
     node
 }

@@ -10,6 +10,7 @@
 mod condition;
 mod files;
 mod images;
+mod limits;
 mod parse;
 mod rule;
 mod set;
@@ -26,12 +27,13 @@ use jiff::{SignedDuration, Timestamp};
 
 pub use self::condition::Subject;
 pub use self::files::{MAX_FILE, Owners, profile_names, read, read_profiles};
+pub use self::limits::AnswerLimits;
 pub use self::parse::{Loaded, parse};
-pub use self::rule::{Answer, Effect, Place, Rule};
+pub use self::rule::{Effect, Place, Rule};
 pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
 pub use self::source::{Fault, PolicyFile, Refused};
 use crate::config::{Config, Enforce};
-use crate::model::{Disposition, Kind, PathGlobs, Severity, Verdict};
+use crate::model::{Disposition, Kind, PathGlobs, RuleAnswer, Severity, Verdict};
 
 /// The JSON Schema of a policy file.
 pub fn schema() -> serde_json::Value {
@@ -58,6 +60,10 @@ pub struct Policy {
     pub refused: Option<String>,
     /// The paths at which a new or changed file is `file.persistence`.
     pub persistence: PathGlobs,
+    /// How much rules may answer by themselves.
+    pub limits: AnswerLimits,
+    /// containerd's restart monitor leaves stopped what a rule kills.
+    pub stop_restarts: bool,
     /// How long a command that the runtime executes waits for a rhythm before it is reported:
     /// a command that comes again and again is a probe.
     pub probe_patience: SignedDuration,
@@ -88,6 +94,8 @@ impl Policy {
             signed: loaded.and_then(|loaded| loaded.signed.clone()),
             refused: None,
             persistence: config.watch.persistence.clone(),
+            limits: AnswerLimits::of(&config.respond),
+            stop_restarts: config.respond.stop_restarts,
             probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
         }
     }
@@ -95,7 +103,8 @@ impl Policy {
     /// A policy with the setting `respond.kill_on` alone.
     #[cfg(test)]
     pub fn killing(kinds: &[Kind]) -> Policy {
-        let respond = crate::config::Respond { kill_on: kinds.iter().copied().collect() };
+        let kill_on = kinds.iter().copied().collect();
+        let respond = crate::config::Respond { kill_on, ..crate::config::Respond::default() };
         Policy::of(&Config { respond, ..Config::default() }, None)
     }
 
@@ -119,6 +128,7 @@ impl Policy {
             rules: Vec::new(),
             dry_run: false,
             unchanged_severity: None,
+            answers: Vec::new(),
         }
     }
 
@@ -140,18 +150,24 @@ impl Policy {
             verdict.disposition = Disposition::Accept;
             verdict.rule = Some(text(rule));
         }
-        for (answer, asked) in &matched.answers {
+        let answers = matched.answers.iter().filter_map(|(action, asked)| {
             let enforce = if asked.always_enforced { Enforce::On } else { self.enforce };
-            if enforce == Enforce::Off {
-                continue;
-            }
-            verdict.action = Some(answer.name().to_owned());
-            verdict.rule = Some(text(&asked.rule));
-            verdict.dry_run = enforce == Enforce::DryRun;
-            if enforce == Enforce::On {
-                verdict.disposition = match answer {
-                    Answer::Kill => Disposition::Kill,
-                };
+            let dry_run = enforce == Enforce::DryRun;
+            let answer = RuleAnswer { action: *action, rule: text(&asked.rule), dry_run };
+            (enforce != Enforce::Off).then_some(answer)
+        });
+        verdict.answers = answers.collect();
+        // A process is ended before its container is frozen, and that before it is ended.
+        verdict.answers.sort_by_key(|answer| answer.action);
+        let is_real = |answer: &&RuleAnswer| !answer.dry_run;
+        // One that is carried out counts before one that is not.
+        let strongest = verdict.answers.iter().rfind(is_real).or(verdict.answers.last());
+        if let Some(RuleAnswer { action, rule, dry_run }) = strongest.cloned() {
+            verdict.action = Some(action.name().to_owned());
+            verdict.rule = Some(rule);
+            verdict.dry_run = dry_run;
+            if !dry_run {
+                verdict.disposition = action.disposition();
             }
         }
         Decision { verdict, severity }

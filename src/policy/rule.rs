@@ -8,7 +8,7 @@ use jiff::tz::TimeZone;
 
 use super::condition::{Condition, conditions};
 use super::text::{AnswerText, EffectText, RuleText, SessionText};
-use crate::model::{Kind, Severity};
+use crate::model::{Answer, Kind, Severity};
 
 /// The longest ID of a rule, and the longest reason.
 const MAX_ID: usize = 64;
@@ -20,20 +20,6 @@ pub enum Effect {
     Accept,
     Report,
     Severity(Severity),
-}
-
-/// What driftd does about a finding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    Kill,
-}
-
-impl Answer {
-    pub fn name(self) -> &'static str {
-        match self {
-            Answer::Kill => "kill",
-        }
-    }
 }
 
 /// Where a rule is written.
@@ -107,6 +93,8 @@ impl Rule {
             Some(value) => end(&value)?,
         };
         let answers = answer.into_iter().map(|answer| match answer {
+            AnswerText::KillProcess => Answer::KillProcess,
+            AnswerText::Pause => Answer::Pause,
             AnswerText::Kill => Answer::Kill,
         });
         Ok(Rule {

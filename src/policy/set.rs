@@ -14,8 +14,8 @@ use globset::{GlobBuilder, GlobSet};
 use jiff::Timestamp;
 
 use super::condition::{Condition, Content, Subject};
-use super::rule::{Answer, Effect, Rule};
-use crate::model::{Kind, Severity};
+use super::rule::{Effect, Rule};
+use crate::model::{Answer, Kind, Severity};
 
 /// The most rules of one set.
 pub const MAX_RULES: usize = 20_000;

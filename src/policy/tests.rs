@@ -250,7 +250,7 @@ fn out_of_the_box_it_only_reports() {
 
 #[test]
 fn the_setting_kill_on_is_a_rule_that_is_always_enforced() {
-    let respond = Respond { kill_on: [Kind::ExecModified].into() };
+    let respond = Respond { kill_on: [Kind::ExecModified].into(), ..Respond::default() };
     let config = Config { respond, ..Config::default() };
     let accept = rule("accept", ACCEPT, "path = [\"/usr/**\"]");
     for enforce in [Enforce::Off, Enforce::DryRun, Enforce::On] {

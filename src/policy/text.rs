@@ -41,7 +41,7 @@ pub(super) struct RuleText {
     /// The severity that findings get, with `effect = "severity"`.
     #[schemars(with = "Option<SeverityText>")]
     pub(super) severity: Option<String>,
-    /// What is done about it, in this order. Not with `effect = "accept"`.
+    /// What is done about it. Not with `effect = "accept"`.
     #[serde(default)]
     pub(super) answer: Vec<AnswerText>,
     /// How to see what the rule is for. A rule of a profile needs it.
@@ -69,6 +69,10 @@ pub(super) enum EffectText {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum AnswerText {
+    /// It kills the process that did it.
+    KillProcess,
+    /// It freezes the container.
+    Pause,
     /// It kills the container.
     Kill,
 }

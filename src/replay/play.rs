@@ -283,12 +283,13 @@ impl<'a> Node<'a> {
                 let container = self.named(container.as_deref())?;
                 Input::Sensor(SensorEvent::Over { failure: *failure, container })
             }
-            StepAction::Respond { action, container } => {
+            StepAction::Respond { action, container, pid } => {
                 let (reply, _) = tokio::sync::oneshot::channel();
                 let Running { id, .. } = self.running(container)?;
                 Input::Request(ApiRequest::Respond {
                     container: id.to_string(),
                     cause: None,
+                    process: pid.map(|pid| Box::new(ProcessIdentity { pid, start_time: 0 })),
                     action: *action,
                     reason: "the script asks for it".into(),
                     requested_by: "replay".into(),
@@ -707,6 +708,16 @@ impl Runtime for ReplayedRuntime {
         }
         let killed = || Killed { message: "all processes were killed".into(), restarter: None };
         ready(found.map(|()| killed()))
+    }
+
+    fn kill_process(
+        &self,
+        container: &ContainerId,
+        meant: Option<Incarnation>,
+        process: ProcessIdentity,
+    ) -> impl Future<Output = Result<String, Error>> + Send {
+        let killed = || format!("killed the process {}", process.pid);
+        ready(self.find(container, meant).map(|()| killed()))
     }
 
     fn pause(

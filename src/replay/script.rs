@@ -97,6 +97,8 @@ pub(super) enum StepAction {
     Respond {
         action: Action,
         container: String,
+        /// The process that is to be killed.
+        pid: Option<u32>,
     },
     Expect(Expectation),
 }
@@ -345,10 +347,17 @@ impl<'a> Words<'a> {
                 failure: self.failure()?,
                 container: self.placed.pop().map(Into::into),
             },
-            "respond" => StepAction::Respond {
-                action: self.response()?,
-                container: self.next("a container")?,
-            },
+            "respond" => {
+                let action = self.response()?;
+                let container = self.next("a container")?;
+                let pid = self.options.remove("pid");
+                let pid = pid.map(|pid| pid.parse().map_err(|_| format!("pid={pid} is no number")));
+                let pid: Option<u32> = pid.transpose()?;
+                if pid.is_some() != (action == Action::KillProcess) {
+                    return Err("pid= goes with kill-process, and is needed there".to_owned());
+                }
+                StepAction::Respond { action, container, pid }
+            }
             "expect" => StepAction::Expect(self.expectation()?),
             verb => return Err(format!("`{verb}` is no step (docs/replay.md lists them)")),
         };
@@ -420,7 +429,7 @@ impl<'a> Words<'a> {
     }
 
     fn response(&mut self) -> Result<Action, String> {
-        let all = [Action::Kill, Action::Pause, Action::Resume];
+        let all = [Action::KillProcess, Action::Kill, Action::Pause, Action::Resume];
         one_of(self.word("a response")?, &all, Action::name)
     }
 

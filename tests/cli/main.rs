@@ -1,6 +1,7 @@
 //! The built program, the API and the history together. A thread takes the pipeline's
 //! place: it replies to requests from a fixed script.
 
+mod answers;
 mod archives;
 mod baselines;
 mod command_line;

@@ -21,6 +21,7 @@ use driftd::model::{
 };
 use driftd::pipeline::{
     ApiRequest, ContainerView, Diff, Difference, DifferenceKind, EndpointView, LookupError, Status,
+    StoppedRule,
 };
 use driftd::policy::{self, Policy, PolicyFile};
 use driftd::respond::{Action, Response};
@@ -322,6 +323,16 @@ answer   = ["kill"]
 path = ["/usr/bin/curl"]
 "#;
 
+/// A rule that would have answered in a fourth container.
+fn stopped_rule() -> StoppedRule {
+    StoppedRule {
+        rule: "everything".into(),
+        since: "2026-11-30T12:00:00Z".parse().unwrap(),
+        container: ContainerId::new("default", "web"),
+        reason: "it has answered in 3 containers within 10 min (a, b, c)".into(),
+    }
+}
+
 /// The script: `web` has drifted, `clean` has not, `half` cannot be read completely, and
 /// `w` is ambiguous.
 fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
@@ -345,6 +356,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
                 containers_waiting: 2,
                 problems: vec!["containerd cannot be reached".into()],
                 gaps: Vec::new(),
+                stopped_rules: vec![stopped_rule()],
             });
         }
         ApiRequest::Containers(reply) => {
@@ -371,9 +383,14 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
                 Diff { incomplete: &*container.id == "half", differences, container }
             }));
         }
+        ApiRequest::ResumeAnswers { rule, reply, .. } => {
+            let is_meant = rule.is_none_or(|rule| rule == stopped_rule().rule);
+            let _ = reply.send(is_meant.then(stopped_rule).into_iter().collect());
+        }
         ApiRequest::Respond {
             container,
             cause,
+            process,
             action,
             reason,
             requested_by,
@@ -384,6 +401,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
                 let response = Response {
                     ticket: 1,
                     incarnation: None,
+                    process: process.map(|process| *process),
                     outcome: Outcome {
                         action: action.name().into(),
                         succeeded: &*container.id == "web",

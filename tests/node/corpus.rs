@@ -388,7 +388,7 @@ fn play(
     let mut missed = Vec::new();
     for side in &sides[1..] {
         let expected = ATTACK_IS.into_iter().chain([&*workload.attack]);
-        missed.extend(missing(side, container, expected.collect())?);
+        missed.extend(missing(side, container, &expected.collect::<Vec<_>>())?);
     }
     let mut ours = ours?;
     let mut absent = Vec::new();
@@ -405,7 +405,7 @@ fn play(
 fn missing(
     side: &Daemon,
     container: &Container<'_>,
-    expected: Vec<&str>,
+    expected: &[&str],
 ) -> anyhow::Result<Vec<String>> {
     let mut missed = Vec::new();
     let all_reported = wait_within(Duration::from_secs(60), "the attack's findings", || {

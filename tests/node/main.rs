@@ -6,6 +6,7 @@
 //! names what to install.
 
 mod aggregation;
+mod answers;
 mod budget;
 mod chaos;
 mod check;
@@ -85,6 +86,7 @@ fn main() -> ExitCode {
         code::tests(),
         sources::tests(),
         aggregation::tests(),
+        answers::tests(),
         proof::tests(),
         restarts::tests(),
         recording::tests(),

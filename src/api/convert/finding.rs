@@ -13,7 +13,9 @@ use super::value::{Malformed, malformed, missing, parsed, time_from_proto, time_
 use crate::api::proto;
 use crate::history::{AlsoIn, FindingText};
 use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
-use crate::model::{Attack, ContainerId, Finding, Labels, Member, RootfsPath, Severity};
+use crate::model::{
+    Attack, ContainerId, Finding, Labels, Member, RootfsPath, RuleAnswer, Severity,
+};
 
 // Long: one line for each field of the message.
 pub fn finding_to_proto(finding: Finding) -> proto::Finding {
@@ -93,12 +95,18 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
             rules: verdict.rules,
             dry_run: verdict.dry_run,
             unchanged_severity: verdict.unchanged_severity.map(|one| one.name().to_owned()),
+            answers: verdict.answers.into_iter().map(answer_to_proto).collect(),
         }),
         outcome: outcome.map(outcome_to_proto),
         attack: attack.map(|Attack { technique, tactic }| proto::Attack { technique, tactic }),
         detail,
         json: None,
     }
+}
+
+fn answer_to_proto(answer: RuleAnswer) -> proto::Answer {
+    let RuleAnswer { action, rule, dry_run } = answer;
+    proto::Answer { action: action.name().into(), rule, dry_run }
 }
 
 /// A stored finding in the form that the request asks for.

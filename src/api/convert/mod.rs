@@ -33,7 +33,7 @@ pub use policy::{
 };
 pub use response::{
     action_from_proto, action_to_proto, outcome_from_proto, outcome_to_proto, response_from_proto,
-    response_to_proto,
+    response_to_proto, stopped_rule_to_proto,
 };
 pub use session::{
     command_from_proto, command_to_proto, probe_from_proto, probe_to_proto, session_from_proto,

@@ -31,6 +31,10 @@ pub(super) fn process_from_proto(process: proto::Process) -> Process {
     }
 }
 
+pub(super) fn identity_from_proto(identity: proto::ProcessIdentity) -> ProcessIdentity {
+    ProcessIdentity { pid: identity.pid, start_time: identity.start_time }
+}
+
 pub(super) fn identity_to_proto(identity: ProcessIdentity) -> proto::ProcessIdentity {
     proto::ProcessIdentity { pid: identity.pid, start_time: identity.start_time }
 }

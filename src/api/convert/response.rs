@@ -4,13 +4,16 @@
 //! not sent.
 
 use super::container::{incarnation_from_proto, incarnation_to_proto};
+use super::process::{identity_from_proto, identity_to_proto};
 use super::value::{Malformed, missing, parsed, time_from_proto, time_to_proto};
 use crate::api::proto;
 use crate::model::{ContainerId, Outcome, Restarter};
+use crate::pipeline::StoppedRule;
 use crate::respond::{Action, Response};
 
 pub fn action_to_proto(action: Action) -> proto::Action {
     match action {
+        Action::KillProcess => proto::Action::KillProcess,
         Action::Kill => proto::Action::Kill,
         Action::Pause => proto::Action::Pause,
         Action::Resume => proto::Action::Resume,
@@ -20,6 +23,7 @@ pub fn action_to_proto(action: Action) -> proto::Action {
 pub fn action_from_proto(action: proto::Action) -> Option<Action> {
     match action {
         proto::Action::Unspecified => None,
+        proto::Action::KillProcess => Some(Action::KillProcess),
         proto::Action::Kill => Some(Action::Kill),
         proto::Action::Pause => Some(Action::Pause),
         proto::Action::Resume => Some(Action::Resume),
@@ -69,6 +73,19 @@ pub fn response_to_proto(response: Response) -> proto::Response {
         namespace: response.container.namespace.to_string(),
         container: response.container.id.to_string(),
         incarnation: response.incarnation.map(incarnation_to_proto),
+        process: response.process.map(identity_to_proto),
+    }
+}
+
+/// A rule whose answers are stopped.
+pub fn stopped_rule_to_proto(stopped: StoppedRule) -> proto::StoppedRule {
+    let StoppedRule { rule, since, container, reason } = stopped;
+    proto::StoppedRule {
+        rule,
+        since: Some(time_to_proto(since)),
+        namespace: container.namespace.to_string(),
+        container: container.id.to_string(),
+        reason,
     }
 }
 
@@ -77,6 +94,7 @@ pub fn response_from_proto(response: proto::Response) -> Result<Response, Malfor
     Ok(Response {
         ticket: 0,
         incarnation: response.incarnation.map(incarnation_from_proto).transpose()?,
+        process: response.process.map(identity_from_proto),
         container: ContainerId::new(&response.namespace, &response.container),
         reason: response.reason,
         requested_by: response.requested_by,

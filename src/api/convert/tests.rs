@@ -260,6 +260,7 @@ fn every_entry_of_a_timeline_survives_the_wire() {
         [(None, None), (Some(sample().id), Some(whole)), (None, Some(bare))]
     {
         check_entry(Happened::Response(Box::new(Response {
+            process: None,
             ticket: 0,
             incarnation,
             container: ContainerId::new("default", "web"),

@@ -203,4 +203,13 @@ impl DriftService for Service {
         let client = client.ok_or_else(|| Status::permission_denied("the client is not known"))?;
         self.carry_out(request.into_inner(), client).await.map(Response::new)
     }
+
+    async fn resume_answers(
+        &self,
+        request: Request<proto::ResumeAnswersRequest>,
+    ) -> Reply<proto::ResumeAnswersResponse> {
+        let client = request.extensions().get::<Peer>().map(ToString::to_string);
+        let client = client.ok_or_else(|| Status::permission_denied("the client is not known"))?;
+        self.resume_answers(request.into_inner(), client).await.map(Response::new)
+    }
 }

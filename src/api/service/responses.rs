@@ -1,4 +1,5 @@
-//! Responses that a user requests: kill, pause or resume a container.
+//! Responses that a user requests: kill, pause or resume a container, kill one of its processes,
+//! or let a rule answer again.
 //!
 //! Checks the request and the container that it names. The pipeline carries the response out;
 //! a client receives the reply when the history has kept it.
@@ -7,12 +8,31 @@ use tonic::Status;
 
 use super::backend::Service;
 use crate::api::{convert, proto};
-use crate::model::{FindingId, Incarnation, printable};
+use crate::model::{FindingId, Incarnation, ProcessIdentity, printable};
 use crate::pipeline::ApiRequest;
 use crate::respond;
 
 /// The longest reason that is kept, in bytes.
 const MAX_REASON: usize = 4096;
+
+/// What a response is meant for.
+struct Target {
+    container: String,
+    /// The finding, and the run in which it was seen.
+    cause: Option<Box<(FindingId, Incarnation)>>,
+    /// The process of the finding.
+    process: Option<ProcessIdentity>,
+}
+
+fn checked_reason(reason: &str) -> Result<String, Status> {
+    let reason = reason.trim();
+    if reason.is_empty() || reason.len() > MAX_REASON {
+        return Err(Status::invalid_argument(format!(
+            "a response needs a reason, of at most {MAX_REASON} bytes: it is kept in the history"
+        )));
+    }
+    Ok(reason.to_owned())
+}
 
 impl Service {
     /// `requested_by`: the client, as the history keeps it.
@@ -22,23 +42,34 @@ impl Service {
         requested_by: String,
     ) -> Result<proto::RespondResponse, Status> {
         let action = convert::action_from_proto(request.action()).ok_or_else(|| {
-            Status::invalid_argument("the action is missing: kill, pause or resume")
+            Status::invalid_argument("the action is missing: kill-process, kill, pause or resume")
         })?;
-        let reason = request.reason.trim().to_owned();
-        if reason.is_empty() || reason.len() > MAX_REASON {
-            return Err(Status::invalid_argument(format!(
-                "a response needs a reason, of at most {MAX_REASON} bytes: it is kept in the history"
-            )));
-        }
+        let reason = checked_reason(&request.reason)?;
         let no_restart = request.no_restart;
         if no_restart && action != respond::Action::Kill {
             return Err(Status::invalid_argument("only a kill can be without a restart"));
         }
-        let (container, cause) = self.target(request.container, request.finding).await?;
+        let is_of_process = action == respond::Action::KillProcess;
+        if !is_of_process && request.pid != 0 {
+            return Err(Status::invalid_argument("only a kill of one process can have a pid"));
+        }
+        let Target { container, cause, process } =
+            self.target(request.container, request.finding).await?;
+        let process = match request.pid {
+            0 => process,
+            pid => Some(ProcessIdentity { pid, start_time: 0 }),
+        };
+        let process = process.filter(|_| is_of_process);
+        if is_of_process && process.is_none_or(|process| process.pid == 0) {
+            return Err(Status::invalid_argument(
+                "the process is missing: name its pid on the host, or a finding that names it",
+            ));
+        }
         let response = self
             .ask_for(|reply| ApiRequest::Respond {
                 container,
                 cause,
+                process: process.map(Box::new),
                 action,
                 reason,
                 requested_by,
@@ -56,14 +87,10 @@ impl Service {
 
     /// The container of a response: the one that the request names, or the one in which the
     /// named finding was seen, together with that run of it.
-    async fn target(
-        &self,
-        container: String,
-        finding: String,
-    ) -> Result<(String, Option<Box<(FindingId, Incarnation)>>), Status> {
+    async fn target(&self, container: String, finding: String) -> Result<Target, Status> {
         if finding.is_empty() {
             self.check_is_meant(&container).await?;
-            return Ok((container, None));
+            return Ok(Target { container, cause: None, process: None });
         }
         let finding = self.finding(finding).await?;
         let (id, run) = finding.container_id().zip(finding.run).ok_or_else(|| {
@@ -80,7 +107,33 @@ impl Service {
                 printable(container.as_bytes())
             )));
         }
-        Ok((format!("{}/{}", id.namespace, id.id), Some(Box::new((finding.id, run)))))
+        Ok(Target {
+            container: format!("{}/{}", id.namespace, id.id),
+            cause: Some(Box::new((finding.id, run))),
+            process: finding.process.as_ref().map(|process| process.identity),
+        })
+    }
+
+    /// Lets a rule answer again, or all of them.
+    pub(super) async fn resume_answers(
+        &self,
+        request: proto::ResumeAnswersRequest,
+        requested_by: String,
+    ) -> Result<proto::ResumeAnswersResponse, Status> {
+        let reason = checked_reason(&request.reason)?;
+        let rule = Some(request.rule).filter(|rule| !rule.is_empty());
+        let named = rule.clone();
+        let resumed = self
+            .ask(|reply| ApiRequest::ResumeAnswers { rule, reason, requested_by, reply })
+            .await?;
+        if let (Some(rule), true) = (named, resumed.is_empty()) {
+            return Err(Status::not_found(format!(
+                "the answers of the rule `{}` are not stopped (see: driftd status)",
+                printable(rule.as_bytes())
+            )));
+        }
+        let resumed = resumed.into_iter().map(convert::stopped_rule_to_proto).collect();
+        Ok(proto::ResumeAnswersResponse { resumed })
     }
 
     async fn wait_until_recorded(&self, response: &respond::Response) -> Result<(), Status> {

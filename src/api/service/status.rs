@@ -64,6 +64,11 @@ impl Service {
             losses: health.losses().into_iter().map(convert::loss_to_proto).collect(),
             backlogs: backlogs.into_iter().map(convert::backlog_to_proto).collect(),
             gaps: status.gaps.into_iter().map(convert::gap_to_proto).collect(),
+            stopped_rules: status
+                .stopped_rules
+                .into_iter()
+                .map(convert::stopped_rule_to_proto)
+                .collect(),
             missing: missing.map(convert::missing_to_proto).collect(),
             baseline_queue: Some(convert::queue_to_proto(&backend.recorder.queue())),
             baselines_verified: convert::count(kept.verified),
@@ -136,5 +141,6 @@ fn no_reply(threads: &[View]) -> pipeline::Status {
         containers_waiting: 0,
         problems,
         gaps: Vec::new(),
+        stopped_rules: Vec::new(),
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! Only reads what was recorded about them. `respond` carries responses out.
 
+use jiff::Timestamp;
 use rusqlite::params;
 
 use super::connection::Reader;
 use crate::history::error::Error;
 use crate::history::json;
 use crate::model::ContainerId;
-use crate::respond::{RESTART, Response};
+use crate::respond::{RESTART, RESUME_ANSWERS, Response, STOP_ANSWERS};
 
 impl Reader {
     /// The responses to a container, oldest first.
@@ -23,6 +24,29 @@ impl Reader {
                 .map_err(&failed)?;
             let mut rows =
                 query.query(params![&*container.id, &*container.namespace]).map_err(&failed)?;
+            let mut responses = Vec::new();
+            while let Some(row) = rows.next().map_err(&failed)? {
+                responses.push(json::kept(row, 0, 1, &self.path)?);
+            }
+            Ok(responses)
+        })
+    }
+
+    /// The responses that count for the limits of rules, oldest first: those that rules have
+    /// requested since a time, and all by which the answers of a rule were stopped or resumed.
+    pub fn answers_since(&self, since: Timestamp) -> Result<Vec<Response>, Error> {
+        self.query(|connection| {
+            let failed = Error::sql("read", &self.path);
+            let mut query = connection
+                .prepare_cached(
+                    "SELECT CAST(seq AS TEXT), json FROM record INDEXED BY record_of_response
+                     WHERE type = 'response'
+                         AND (at >= ?1 OR json ->> '$.outcome.action' IN (?2, ?3))
+                     ORDER BY seq",
+                )
+                .map_err(&failed)?;
+            let parameters = params![since.as_microsecond(), STOP_ANSWERS, RESUME_ANSWERS];
+            let mut rows = query.query(parameters).map_err(&failed)?;
             let mut responses = Vec::new();
             while let Some(row) = rows.next().map_err(&failed)? {
                 responses.push(json::kept(row, 0, 1, &self.path)?);

@@ -298,6 +298,7 @@ mod tests {
     fn h17_a_full_memory_drops_no_response() {
         let response = |number: i64| {
             Record::Response(Box::new(Response {
+                process: None,
                 ticket: 0,
                 container: ContainerId::new("default", "web"),
                 incarnation: None,

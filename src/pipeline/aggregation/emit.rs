@@ -331,7 +331,7 @@ impl State {
                 let finding = findings.get(&transaction_id(container, first));
                 finding.is_some_and(|finding| !finding.verdict.is_accept())
             };
-            let first = writers.remember_package_manager(process.clone(), run.init, is_reported);
+            let first = writers.remember_package_manager(process, run.init, is_reported);
             if let Some(first) = first
                 && let Some(finding) = findings.get_mut(&transaction_id(container, &first))
             {

@@ -49,7 +49,7 @@ pub(super) fn accounts(
     let script = process.ancestors.first().filter(|parent| {
         process.tty.is_none()
             && parent.identity.start_time > 0
-            && parent.exe.as_deref().is_some_and(|exe| is_images(exe))
+            && parent.exe.as_deref().is_some_and(is_images)
     });
     let by = script.map_or(process.identity, |parent| parent.identity);
     (is_images(exe) && programs::changes_accounts(called.as_bytes())).then_some(Group {

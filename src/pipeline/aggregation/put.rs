@@ -13,13 +13,13 @@ use crate::history::{MemberChange, Record};
 use crate::inventory::{Aspect, Reported};
 use crate::model::finding::MEMBER_SCHEMA;
 use crate::model::{
-    Blake3Hash, ContainerId, Disposition, Finding, FindingId, Kind, Member, Observation, Process,
-    ProcessIdentity, RootfsPath, Source,
+    Blake3Hash, ContainerId, Finding, FindingId, Kind, Member, Observation, Process, RootfsPath,
+    Source,
 };
 use crate::pipeline::evidence::Emission;
 use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
-use crate::pipeline::responses::Cause;
+use crate::pipeline::responses::{Actor, Cause};
 use crate::pipeline::state::State;
 
 /// The aggregated finding that a file goes into.
@@ -96,8 +96,8 @@ impl State {
             finding.last_seen = finding.last_seen.max(observation.at);
             let kind = finding.kind;
             self.unpublished.push(container, id, None, now);
-            let init = Some(observation.init);
-            let cause = Cause { container, init, kind, verdict: emission.verdict, finding: id };
+            let (actor, verdict) = (Actor::of(emission), emission.verdict);
+            let cause = Cause { container, actor, kind, verdict, finding: id };
             self.respond(&cause, now, effects);
         }
     }
@@ -153,8 +153,8 @@ impl State {
         self.session_caused(observation, evidence.process, id, now, effects);
         // At once, not when the finding is published: the run may have ended by then.
         if is_new || observation.source != Source::Scan {
-            let init = Some(observation.init);
-            let cause = Cause { container, init, kind: target.kind(), verdict, finding: id };
+            let (actor, kind) = (Actor::of(emission), target.kind());
+            let cause = Cause { container, actor, kind, verdict, finding: id };
             self.respond(&cause, now, effects);
         }
     }
@@ -185,7 +185,7 @@ impl State {
         }
         entry.insert_finding(finding);
         if !is_aggregated {
-            self.publish(container, id, Some(observation.init), now, effects);
+            self.publish(container, id, Actor::of(emission), now, effects);
             return;
         }
         let is_listed = entry.members.put(file.aspect, file.path, id, file.reported);
@@ -233,7 +233,7 @@ impl State {
         finding.count += observation.times();
         finding.first_seen = finding.first_seen.min(observation.at);
         finding.last_seen = finding.last_seen.max(observation.at);
-        if emission.verdict.disposition == Disposition::Kill {
+        if emission.verdict.is_answered() {
             finding.verdict = emission.verdict.clone();
         }
         // Whatever is worse than a transaction has a finding of its own, except for the
@@ -320,7 +320,7 @@ impl State {
         let container = &observation.container;
         let kind = judgement.kind;
         let Some(path) = evidence.path else {
-            let id = self.fold_finding(container, Some(observation.init), finding, now, effects);
+            let id = self.fold_finding(container, Actor::of(emission), finding, now, effects);
             self.session_caused(observation, evidence.process, id, now, effects);
             return;
         };
@@ -340,7 +340,7 @@ impl State {
             let file = MemberFile { aspect, path, content, reported };
             self.put(&target, file, emission, effects);
         }
-        if verdict.disposition == Disposition::Kill {
+        if verdict.is_answered() {
             self.publish_aggregate(container, id, effects);
         }
     }
@@ -349,7 +349,7 @@ impl State {
     pub(in crate::pipeline) fn fold_finding(
         &mut self,
         container: &ContainerId,
-        init: Option<ProcessIdentity>,
+        actor: Actor,
         finding: &Finding,
         now: Timestamp,
         effects: &mut Vec<Effect>,
@@ -374,11 +374,11 @@ impl State {
         let rest = entry.findings.get(&id);
         let is_first = rest.is_some_and(|rest| rest.revision == 0);
         self.unpublished.push(container, id, None, now);
-        if is_first || finding.verdict.disposition == Disposition::Kill {
+        if is_first || finding.verdict.is_answered() {
             self.publish_aggregate(container, id, effects);
         }
         let (kind, verdict) = (finding.kind, &finding.verdict);
-        let cause = Cause { container, init, kind, verdict, finding: id };
+        let cause = Cause { container, actor, kind, verdict, finding: id };
         self.respond(&cause, now, effects);
         id
     }

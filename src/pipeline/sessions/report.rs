@@ -12,6 +12,7 @@ use crate::model::{
 };
 use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
+use crate::pipeline::responses::Actor;
 use crate::pipeline::state::State;
 
 /// The detail of a finding about a probe that is reported after all.
@@ -106,6 +107,7 @@ impl State {
         let found = self.session_finding(report, kind, id)?;
         let run = found.run;
         let verdict = found.verdict.clone();
+        let actor = Actor { init, process: Some(root) };
         if verdict.is_accept() {
             self.accept_finding(container, found, now, effects);
             return None;
@@ -124,11 +126,11 @@ impl State {
             }
         } else {
             if !entry.findings.has_room_for(&found) {
-                return Some(self.fold_finding(container, init, &found, now, effects));
+                return Some(self.fold_finding(container, actor, &found, now, effects));
             }
             entry.insert_finding(found);
         }
-        self.publish(container, id, init, now, effects);
+        self.publish(container, id, actor, now, effects);
         Some(id)
     }
 

@@ -216,7 +216,7 @@ fn a_wholly_different_layer_is_reported_by_some_differences_and_in_words() {
 
 #[test]
 fn a_setting_may_kill_what_runs_from_a_tampered_layer() {
-    let respond = Respond { kill_on: [Kind::BaselineTampered].into() };
+    let respond = Respond { kill_on: [Kind::BaselineTampered].into(), ..Respond::default() };
     let mut node = Node::new(respond, Vec::new());
     node.play("start c1\nbaseline\nattached c1");
     node.give(tampered(1, vec![changed_ls()]));

@@ -34,7 +34,7 @@ fn a_flood_of_new_programs_fills_no_memory_and_hides_no_execution() {
 
 /// A node that kills on findings of this kind. Its container has caused the flood already.
 fn flooded(kind: Kind, number: usize, flood: impl Fn(usize) -> Fact) -> Node {
-    let mut node = Node::new(Respond { kill_on: [kind].into() }, Vec::new());
+    let mut node = Node::new(Respond { kill_on: [kind].into(), ..Respond::default() }, Vec::new());
     node.play("start c1\nbaseline\nattached c1");
     for number in 0..number {
         node.see(Source::Gate, flood(number));
@@ -120,7 +120,7 @@ fn h01_a_finding_without_room_among_its_own_kind_gets_a_response() {
 
 #[test]
 fn h01_a_session_is_reported_and_gets_a_response_when_no_more_are_listed() {
-    let respond = Respond { kill_on: [Kind::SessionInteractive].into() };
+    let respond = Respond { kill_on: [Kind::SessionInteractive].into(), ..Respond::default() };
     let mut node = Node::new(respond, Vec::new());
     node.play("start c1\nbaseline\nattached c1");
     for pid in 1000..3100 {

@@ -55,7 +55,7 @@ fn h10_a_failed_kill_is_requested_again_while_the_run_is_there_and_each_failure_
     let request = node.requests.pop().unwrap();
     node.give(became(&request, false, false));
     node.play("stop c1").wait(1000);
-    assert!(node.requests.is_empty() && node.state.kill_due().is_none());
+    assert!(node.requests.is_empty() && node.state.response_due().is_none());
     assert_eq!(node.responses.len(), 13);
 }
 
@@ -297,13 +297,11 @@ fn a_response_needs_no_finding_that_is_kept() {
     let container = id("c1");
     let (finding, kind) = (FindingId([9; 16]), Kind::ExecFileless);
     let mut effects = Vec::new();
-    let verdict = model::Verdict {
-        disposition: model::Disposition::Kill,
-        rule: Some("respond.kill_on".to_owned()),
-        ..node.state.policy.report()
-    };
-    let init = Some(init(7));
-    let cause = Cause { container: &container, init, kind, verdict: &verdict, finding };
+    let rule = "respond.kill_on".to_owned();
+    let answer = model::RuleAnswer { action: model::Answer::Kill, rule, dry_run: false };
+    let verdict = model::Verdict { answers: vec![answer], ..node.state.policy.report() };
+    let actor = Actor { init: Some(init(7)), process: None };
+    let cause = Cause { container: &container, actor, kind, verdict: &verdict, finding };
     node.state.respond(&cause, Timestamp::UNIX_EPOCH, &mut effects);
     let [Effect::Respond(request)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((request.finding, request.incarnation.unwrap().pid), (Some(finding), 7));
@@ -321,6 +319,7 @@ impl Node {
         self.give(Input::Request(ApiRequest::Respond {
             container: container.into(),
             cause: cause.map(Box::new),
+            process: None,
             action: Action::Pause,
             reason: "a test".into(),
             requested_by: "uid 0".into(),
@@ -407,4 +406,188 @@ fn out_of_the_box_no_kill_is_ever_requested() {
     let mut node = Node::running();
     node.play("exec c1 /tmp/x evil\nsession c1 100 pts/0");
     assert!(node.requests.is_empty());
+}
+
+/// A node that runs containers `c1` to `c5`, with these rules.
+fn answering(rules: &str) -> Node {
+    let mut node = Node::new(Respond::default(), Vec::new());
+    let files = vec![PolicyFile::new("a.toml", rules)];
+    let loaded = policy::parse("".as_ref(), files).unwrap();
+    let enforce = config::Enforce::On;
+    node.state.policy = Policy { enforce, ..Policy::of(&config::Config::default(), Some(&loaded)) };
+    for number in 1..=5 {
+        node.play(&format!("start c{number}\nattached c{number}"));
+    }
+    node.play("baseline");
+    node
+}
+
+fn rule(id: &str, answers: &str, conditions: &str) -> String {
+    format!(
+        "[[rule]]\nid = \"{id}\"\nreason = \"r\"\neffect = \"report\"\nanswer = [{answers}]\n\
+         [rule.match]\n{conditions}\n"
+    )
+}
+
+/// The actions of the requests so far, each with its container and its process.
+fn asked(node: &mut Node) -> Vec<String> {
+    let requests = std::mem::take(&mut node.requests);
+    let text = |one: &ResponseRequest| {
+        let process = one.process.map(|process| format!(" {}", process.pid)).unwrap_or_default();
+        format!("{} {}{process}", one.action.name(), one.container.id)
+    };
+    requests.iter().map(text).collect()
+}
+
+#[test]
+fn a_rule_that_matches_everything_ends_three_containers_and_no_more_and_says_so() {
+    let mut node = answering(&rule("everything", "\"kill\"", "everything = true"));
+    for container in ["c1", "c2", "c3", "c4", "c5", "c4"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+    }
+    assert_eq!(asked(&mut node), ["kill c1", "kill c2", "kill c3"]);
+    let stopped = node.state.status().stopped_rules;
+    assert_eq!(stopped.iter().map(|one| one.rule.as_str()).collect::<Vec<_>>(), ["everything"]);
+    // Each run that is spared is recorded once, and that the rule is stopped.
+    let recorded: Vec<(&str, &str, bool)> = node
+        .responses
+        .iter()
+        .map(|one| (&*one.outcome.action, &*one.container.id, one.outcome.succeeded))
+        .collect();
+    let expected = [("stop-answers", "c4", true), ("kill", "c4", false), ("kill", "c5", false)];
+    assert_eq!(recorded, expected);
+    let outcome = node.findings.last().unwrap().outcome.clone().unwrap();
+    assert!(outcome.message.contains("driftd respond resume-answers everything"), "{outcome:?}");
+
+    // A restart changes nothing.
+    let kept: Vec<Response> = node.responses.clone();
+    let mut restarted = answering(&rule("everything", "\"kill\"", "everything = true"));
+    restarted.state.remember_answers(kept.clone());
+    restarted.play("exec c5 /tmp/x evil");
+    assert_eq!(asked(&mut restarted), [""; 0]);
+    assert_eq!(restarted.state.status().stopped_rules.len(), 1);
+
+    // A user resumes it.
+    let (reply, mut replied) = oneshot::channel();
+    node.give(Input::Request(ApiRequest::ResumeAnswers {
+        rule: Some("everything".into()),
+        reason: "the rule was mended".into(),
+        requested_by: "uid 0".into(),
+        reply,
+    }));
+    assert_eq!(replied.try_recv().unwrap().len(), 1);
+    node.play("exec c4 /tmp/x evil");
+    assert_eq!(asked(&mut node), ["kill c4"]);
+    let mut restarted = answering(&rule("everything", "\"kill\"", "everything = true"));
+    restarted.state.remember_answers(node.responses.clone());
+    assert_eq!(restarted.state.status().stopped_rules, []);
+}
+
+#[test]
+fn kills_before_a_restart_count_for_the_limits() {
+    let text = rule("everything", "\"kill\"", "everything = true");
+    let mut node = answering(&text);
+    for container in ["c1", "c2", "c3"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+        let request = node.requests.pop().unwrap();
+        node.give(became(&request, true, false));
+    }
+    let mut restarted = answering(&text);
+    restarted.clock = node.clock;
+    restarted.state.remember_answers(node.responses.clone());
+    restarted.play("exec c4 /tmp/x evil");
+    assert_eq!(asked(&mut restarted), [""; 0]);
+}
+
+#[test]
+fn every_process_is_killed_once_and_only_what_did_it() {
+    let mut node = answering(&rule("p", "\"kill-process\"", "kind = [\"exec.*\"]"));
+    let run = |pid: u32, path: &str| {
+        let mut fact = exec(at(path), "evil");
+        if let Fact::File(FileFact::Executed { process: runner, .. }) = &mut fact {
+            *runner = Arc::new(process(pid));
+        }
+        fact
+    };
+    for pid in [50, 51, 51, 52] {
+        node.see(Source::Gate, run(pid, "/tmp/x"));
+    }
+    node.see(Source::Gate, run(53, "/tmp/y"));
+    let pids =
+        ["kill-process c1 50", "kill-process c1 51", "kill-process c1 52", "kill-process c1 53"];
+    assert_eq!(asked(&mut node), pids);
+    assert_eq!(node.findings.last().unwrap().verdict.disposition.name(), "kill-process");
+    // What is written is not executed, and another kind.
+    node.play("write c1 /tmp/z other");
+    assert_eq!(asked(&mut node), [""; 0]);
+    // A process that is known from the kernel's records alone has ended, or may be another.
+    let recorded = Process { identity: ProcessIdentity { pid: 54, start_time: 0 }, ..process(54) };
+    let mut fact = run(54, "/tmp/x");
+    if let Fact::File(FileFact::Executed { process: runner, .. }) = &mut fact {
+        *runner = Arc::new(recorded);
+    }
+    node.see(Source::Gate, fact);
+    assert_eq!(asked(&mut node), [""; 0]);
+}
+
+#[test]
+fn very_many_kills_of_processes_are_few_records_and_none_is_lost() {
+    let mut node = answering(&rule("p", "\"kill-process\"", "kind = [\"exec.*\"]"));
+    for pid in 1000..2000 {
+        let mut fact = exec(at("/tmp/x"), "evil");
+        if let Fact::File(FileFact::Executed { process: runner, .. }) = &mut fact {
+            *runner = Arc::new(process(pid));
+        }
+        node.see(Source::Gate, fact);
+        node.clock -= 1;
+        let request = node.requests.pop().expect("each is killed");
+        node.give(became(&request, pid % 10 != 0, pid % 10 == 0));
+        node.clock -= 1;
+    }
+    assert_eq!(node.responses.len(), 1);
+    node.wait(20);
+    let [first, rest] = &node.responses[..] else { panic!("{:#?}", node.responses) };
+    assert!(first.outcome.gone, "the process 1000");
+    let message = &rest.outcome.message;
+    assert!(
+        message.contains("900 more processes killed, 99 had ended before, 0 failed"),
+        "{message}"
+    );
+    assert!(rest.outcome.succeeded);
+    let outcome = node.findings.last().unwrap().outcome.clone().unwrap();
+    assert!(outcome.message.contains("(900 so far)"), "{outcome:?}");
+    node.wait(20);
+    assert_eq!(node.responses.len(), 2);
+}
+
+#[test]
+fn answers_are_carried_out_from_the_weakest_to_the_strongest_and_a_pause_again_after_a_resume() {
+    let mut node =
+        answering(&rule("all", "\"kill\", \"pause\", \"kill-process\"", "kind = [\"exec.new\"]"));
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(asked(&mut node), ["kill-process c1 42", "pause c1", "kill c1"]);
+    let verdict = &node.findings.last().unwrap().verdict;
+    assert_eq!((verdict.action.as_deref(), verdict.disposition.name()), (Some("kill"), "kill"));
+
+    let mut node = answering(&rule("p", "\"pause\"", "kind = [\"exec.new\"]"));
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    let request = node.requests.pop().unwrap();
+    assert!(node.requests.is_empty(), "it is being paused");
+    node.give(became(&request, true, false));
+    // A user resumes it, and it goes on.
+    node.play("exec c1 /tmp/z third");
+    assert_eq!(asked(&mut node), ["pause c1"]);
+}
+
+#[test]
+fn dry_run_names_every_answer_and_carries_out_none() {
+    let mut node = answering(&rule("all", "\"kill-process\", \"kill\"", "kind = [\"exec.new\"]"));
+    node.state.policy.enforce = config::Enforce::DryRun;
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(asked(&mut node), [""; 0]);
+    let verdict = node.findings.last().unwrap().verdict.clone();
+    let answers: Vec<(&str, bool)> =
+        verdict.answers.iter().map(|one| (one.action.name(), one.dry_run)).collect();
+    assert_eq!(answers, [("kill-process", true), ("kill", true)]);
+    assert_eq!((verdict.disposition.name(), verdict.dry_run), ("report", true));
 }

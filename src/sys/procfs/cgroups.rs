@@ -1,6 +1,7 @@
 //! Control groups of a process, and where their hierarchies are mounted.
 //!
-//! `freezer` uses them to find a container's groups, and `watch` to match the records of perf.
+//! `freezer` uses them to find a container's groups, `containerd` to see whether a process is in
+//! one, and `watch` to match the records of perf.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -10,7 +11,7 @@ use super::handle::Handle;
 
 impl Handle {
     /// Its control groups, a line for each hierarchy.
-    pub(in crate::sys) fn groups(&self) -> io::Result<Vec<u8>> {
+    pub fn groups(&self) -> io::Result<Vec<u8>> {
         self.read("cgroup", 64 * 1024)
     }
 
