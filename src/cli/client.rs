@@ -87,11 +87,17 @@ pub(super) async fn connect(server: Server<'_>) -> anyhow::Result<Client> {
         });
     }
     let channel = Endpoint::try_from(format!("unix:{}", std::path::absolute(socket)?.display()))?
+        // A page at once: with the usual 64 KiB it comes in many turns.
+        .initial_stream_window_size(PAGE_WINDOW)
+        .initial_connection_window_size(PAGE_WINDOW)
         .connect()
         .await?;
     let channel = channel.map_err(Into::into).boxed_clone();
     Ok(DriftServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
 }
+
+/// How many bytes of a reply the daemon may send before the client has read any.
+const PAGE_WINDOW: u32 = 4 << 20;
 
 /// Whether the same request would be refused again.
 pub(super) fn is_final(status: &Status) -> bool {

@@ -2,7 +2,10 @@
 //!
 //! Owns the filter for findings, which `driftd summary` uses as well.
 
+use std::pin::Pin;
+
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
+use tonic::Response;
 
 use super::client::{Client, Server, explain, talk};
 use super::describe::{pod, subject};
@@ -131,6 +134,7 @@ impl Filter {
             labels: self.label.clone(),
             texts: self.text.clone(),
             accepted: self.accepted,
+            with_accepted: false,
         })
     }
 }
@@ -203,6 +207,51 @@ pub(super) async fn fetch(
     };
     let found = client.list_findings(request).await.map_err(explain)?.into_inner();
     page(found.findings, found.next_page_token, convert::finding_from_proto)
+}
+
+/// Pages of findings, of which the next one is requested before the last one is used: the daemon
+/// reads while the client parses.
+pub(super) struct Ahead {
+    client: Client,
+    filter: proto::FindingFilter,
+    requested: Option<Requested>,
+}
+
+type Reply = Result<proto::ListFindingsResponse, tonic::Status>;
+type Requested = Pin<Box<dyn Future<Output = Reply>>>;
+
+impl Ahead {
+    pub(super) fn of(client: &Client, filter: proto::FindingFilter) -> Ahead {
+        let requested = Ahead::request(client.clone(), &filter, String::new());
+        Ahead { client: client.clone(), filter, requested: Some(requested) }
+    }
+
+    fn request(mut client: Client, filter: &proto::FindingFilter, page_token: String) -> Requested {
+        let filter = Some(filter.clone());
+        let request =
+            proto::ListFindingsRequest { filter, page_size: 0, page_token, as_json: true };
+        Box::pin(async move { client.list_findings(request).await.map(Response::into_inner) })
+    }
+
+    /// The findings of the next page; `None` after the last one.
+    pub(super) async fn next(&mut self) -> anyhow::Result<Option<Vec<proto::Finding>>> {
+        let Some(requested) = self.requested.take() else { return Ok(None) };
+        let page = requested.await.map_err(explain)?;
+        if !page.next_page_token.is_empty() {
+            let mut next = Ahead::request(self.client.clone(), &self.filter, page.next_page_token);
+            // It is sent before the page is parsed.
+            let ready = tokio::select! {
+                biased;
+                reply = &mut next => Some(reply),
+                () = tokio::task::yield_now() => None,
+            };
+            self.requested = Some(match ready {
+                Some(reply) => Box::pin(std::future::ready(reply)),
+                None => next,
+            });
+        }
+        Ok(Some(page.findings))
+    }
 }
 
 fn line(finding: &Finding, no_trunc: bool, colour: bool) -> String {

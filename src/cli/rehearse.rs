@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::client::{Client, Server, explain, talk};
 use super::describe::subject as about;
 use super::exit::Exit;
-use super::findings::fetch;
+use super::findings::Ahead;
 use super::output::{Output, one, safe, short, time};
 use super::pages::{OfContainer, fetch_all, page};
 use super::profiles::Profiles;
@@ -155,16 +155,16 @@ async fn rehearse(
     };
     result.in_force.rules = sets.in_force.rules.rules().len();
     result.tested.rules = sets.tested.rules.rules().len();
-    for accepted in [false, true] {
-        let filter = proto::FindingFilter {
-            container: container.clone(),
-            since,
-            accepted,
-            ..proto::FindingFilter::default()
-        };
-        let fetch = async |size, token| fetch(client, &filter, size, token).await;
-        let findings: Vec<Finding> = fetch_all(fetch).await?;
+    let filter = proto::FindingFilter {
+        container: container.clone(),
+        since,
+        with_accepted: true,
+        ..proto::FindingFilter::default()
+    };
+    let mut pages = Ahead::of(client, filter);
+    while let Some(findings) = pages.next().await? {
         for finding in findings {
+            let finding = convert::finding_from_proto(finding)?;
             let members = match finding.files {
                 Some(_) => fetch_members(client, &finding).await?,
                 None => Vec::new(),

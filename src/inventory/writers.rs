@@ -178,8 +178,9 @@ impl<'a> Work<'a> {
             && programs(above).is_some_and(|above| programs(earlier.above) == Some(above))
     }
 
-    /// One process has started both.
+    /// One process has started both, and has run the same program with the same arguments: a
+    /// script of the entry point may become the service itself (`exec`), which is attacked later.
     fn is_of_one_script(&self, earlier: &Work<'_>) -> bool {
-        self.above[0].identity == earlier.above[0].identity
+        self.above[0] == earlier.above[0]
     }
 }

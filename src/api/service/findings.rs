@@ -123,6 +123,7 @@ impl Service {
             since: optional_time("since", filter.since)?,
             until: optional_time("until", filter.until)?,
             accepted: filter.accepted,
+            with_accepted: filter.with_accepted,
             content: Content {
                 paths: filter.paths,
                 hashes: hexadecimal("hash", filter.hashes)?,

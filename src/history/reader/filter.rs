@@ -23,6 +23,8 @@ pub struct Filter {
     pub until: Option<Timestamp>,
     /// Only those that an exception accepts. Without this, only the others.
     pub accepted: bool,
+    /// All, whether exceptions have accepted them or not.
+    pub with_accepted: bool,
     pub content: Content,
 }
 
@@ -126,13 +128,11 @@ impl Conditions {
         if let Some(until) = filter.until {
             all.add("finding.first_seen <= ?", [Value::Integer(until.as_microsecond())]);
         }
-        let is = if filter.accepted { "=" } else { "<>" };
-        all.add(
-            &format!(
-                "coalesce(json_extract(finding.json, '$.verdict.disposition'), '') {is} 'accept'"
-            ),
-            [],
-        );
+        if !filter.with_accepted {
+            let is = if filter.accepted { "=" } else { "<>" };
+            let disposition = "json_extract(finding.json, '$.verdict.disposition')";
+            all.add(&format!("coalesce({disposition}, '') {is} 'accept'"), []);
+        }
         all.add_content(&filter.content);
         all
     }

@@ -842,6 +842,12 @@ fn w07_the_same_work_once_more_is_the_same_transaction_and_a_persons_is_not() {
     install(&mut node, with_terminal, "z3");
     install(&mut node, installer(120, &other, &[named(24, "/bin/busybox"), main]), "z4");
     assert_eq!(node.lines().len(), 5, "{:#?}", node.lines());
+    // The script has become the service, which installs something else.
+    let service = (main.0, "/usr/bin/curl");
+    let third = ["/usr/bin/python3.11", "-m", "pip", "install", "z"];
+    install(&mut node, installer(130, &other, &[main]), "z5");
+    install(&mut node, installer(140, &third, &[service]), "z6");
+    assert_eq!(node.lines().len(), 7, "{:#?}", node.lines());
 }
 
 #[test]
