@@ -1,8 +1,8 @@
 //! Carries responses out through containerd, and reports their outcome.
 //!
-//! Requests for one container are carried out one after the other, in their order. Requests
-//! for different containers are carried out at the same time, so that one hanging shim does
-//! not delay the others. This room decides on no response: the pipeline requests them.
+//! Requests for one container are carried out one after the other, in their order; the kill of a
+//! process needs no turn. Requests for different containers are carried out at the same time, so
+//! that one hanging shim does not delay the others. This room decides on no response: the pipeline requests them.
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
@@ -27,6 +27,8 @@ const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 /// Requests for one container that may wait while another one is carried out.
 const MAX_WAITING: usize = 32;
+/// Processes that are killed at the same time.
+const MAX_RUNNING: usize = 256;
 /// The action of the record that a killed container was started again. No request causes it.
 pub const RESTART: &str = "restart";
 /// The message of a response to a request that has no room.
@@ -73,6 +75,9 @@ pub struct ResponseRequest {
     /// Identifies the response to this request. No two requests have the same.
     pub ticket: u64,
     pub container: ContainerId,
+    /// What the limits of rules count: its pod, as `NAMESPACE/NAME`, and its image.
+    pub pod: Option<String>,
+    pub image: Option<String>,
     /// The run that is meant. `None` if no run was known at the time of the request.
     pub incarnation: Option<Incarnation>,
     /// For a kill of one process: which. A start time of 0 stands for the process that has the
@@ -102,6 +107,9 @@ impl ResponseRequest {
             container: self.container.clone(),
             incarnation: self.incarnation,
             process: self.process,
+            pod: self.pod.clone(),
+            image: self.image.clone(),
+            changed: succeeded,
             reason: self.reason.clone(),
             requested_by: self.requested_by.clone(),
             requested_at: self.requested_at,
@@ -139,12 +147,12 @@ pub trait Runtime: Clone + Send + Sync + 'static {
         process: ProcessIdentity,
     ) -> impl Future<Output = Result<String, Error>> + Send;
 
-    /// Freezes a run; returns what happened, for people.
+    /// Freezes a run.
     fn pause(
         &self,
         container: &ContainerId,
         meant: Option<Incarnation>,
-    ) -> impl Future<Output = Result<String, Error>> + Send;
+    ) -> impl Future<Output = Result<Killed, Error>> + Send;
 
     /// Thaws a run; returns what happened, for people.
     fn resume(
@@ -177,7 +185,7 @@ impl Runtime for Containerd {
         &self,
         container: &ContainerId,
         meant: Option<Incarnation>,
-    ) -> Result<String, Error> {
+    ) -> Result<Killed, Error> {
         Containerd::pause(self, container, meant).await
     }
 
@@ -199,6 +207,11 @@ pub struct Response {
     pub incarnation: Option<Incarnation>,
     /// The process that was meant, if it was not the whole run.
     pub process: Option<ProcessIdentity>,
+    /// What the limits of rules count: its pod, as `NAMESPACE/NAME`, and its image.
+    pub pod: Option<String>,
+    pub image: Option<String>,
+    /// Whether it has changed anything: a container may have been paused already.
+    pub changed: bool,
     pub reason: String,
     pub requested_by: String,
     pub requested_at: Timestamp,
@@ -238,6 +251,14 @@ async fn run_with<Responding>(
         tokio::select! {
             request = requests.recv(), if open => match request {
                 None => open = false,
+                // The processes of a container are killed side by side.
+                Some(request) if request.action == Action::KillProcess => {
+                    if running.len() < MAX_RUNNING {
+                        begin(request, &mut running, &mut carried);
+                    } else if !send(&responses, request.failed(TOO_MANY.to_owned())).await {
+                        return;
+                    }
+                }
                 Some(request) => match waiting.get_mut(&request.container) {
                     Some(queue) if queue.len() < MAX_WAITING => queue.push_back(request),
                     Some(_) => {
@@ -262,10 +283,12 @@ async fn run_with<Responding>(
                     tracing::error!("a response request ended without a response: {err}");
                     request.failed("driftd failed while it was carried out; it may have happened".into())
                 });
-                match waiting.get_mut(&request.container).and_then(VecDeque::pop_front) {
-                    Some(next) => begin(next, &mut running, &mut carried),
-                    None => {
-                        waiting.remove(&request.container);
+                if request.action != Action::KillProcess {
+                    match waiting.get_mut(&request.container).and_then(VecDeque::pop_front) {
+                        Some(next) => begin(next, &mut running, &mut carried),
+                        None => {
+                            waiting.remove(&request.container);
+                        }
                     }
                 }
                 if !send(&responses, response).await {
@@ -320,7 +343,7 @@ pub fn carry_out_now(runtime: &impl Runtime, request: &ResponseRequest) -> Respo
 
 async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Killed, Error> {
     let ResponseRequest { container, incarnation: meant, process, no_restart, .. } = request;
-    let done = |message| Killed { message, restarter: None };
+    let done = |message| Killed { message, restarter: None, changed: true };
     match request.action {
         Action::Kill => runtime.kill(container, *meant, *no_restart).await,
         Action::KillProcess => {
@@ -329,15 +352,16 @@ async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Ki
             };
             runtime.kill_process(container, *meant, *process).await.map(done)
         }
-        Action::Pause => runtime.pause(container, *meant).await.map(done),
+        Action::Pause => runtime.pause(container, *meant).await,
         Action::Resume => runtime.resume(container, *meant).await.map(done),
     }
 }
 
 fn response_to(request: &ResponseRequest, result: Result<Killed, Error>) -> Response {
     match result {
-        Ok(Killed { message, restarter }) => {
+        Ok(Killed { message, restarter, changed }) => {
             let mut response = request.ended(true, false, message);
+            response.changed = changed;
             response.outcome.restarter = restarter;
             response
         }
@@ -374,6 +398,8 @@ mod tests {
         ResponseRequest {
             ticket: 0,
             container: ContainerId::new("default", id),
+            pod: None,
+            image: None,
             incarnation: None,
             process: None,
             action,

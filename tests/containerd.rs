@@ -750,7 +750,7 @@ fn a_containers_life_is_reported_and_it_can_be_paused_and_killed() {
     let respond = |driftd: &Driftd, what: &str| {
         driftd.runtime.block_on(async {
             match what {
-                "pause" => containerd.pause(&container, meant).await,
+                "pause" => containerd.pause(&container, meant).await.map(|done| done.message),
                 "resume" => containerd.resume(&container, meant).await,
                 "kill" => containerd.kill(&container, meant, false).await.map(|done| done.message),
                 other => panic!("{other}"),
@@ -888,7 +888,9 @@ fn x11_a_response_meant_for_an_earlier_run_touches_no_later_one() {
                         "kill" => {
                             containerd.kill(&container, meant, false).await.map(|done| done.message)
                         }
-                        "pause" => containerd.pause(&container, meant).await,
+                        "pause" => {
+                            containerd.pause(&container, meant).await.map(|done| done.message)
+                        }
                         _ => containerd.resume(&container, meant).await,
                     }
                 })
@@ -921,7 +923,9 @@ fn x11_a_response_meant_for_an_earlier_run_touches_no_later_one() {
     refused(&driftd, None, "a container of which no run was known");
     assert_eq!(driftd.incarnation(&id), Some(now));
     let paused = driftd.runtime.block_on(driftd.containerd.pause(&default(&id), Some(now)));
-    assert_eq!(paused.unwrap(), format!("paused (pid {})", now.pid), "it was left alone");
+    let paused = paused.unwrap();
+    let text = format!("paused (pid {})", now.pid);
+    assert_eq!((paused.message, paused.changed), (text, true), "it was left alone");
     // A paused container can be killed too.
     let killed = driftd.runtime.block_on(driftd.containerd.kill(&default(&id), Some(now), false));
     assert_eq!(killed.unwrap().message, format!("killed (pid {})", now.pid));

@@ -117,6 +117,9 @@ fn findings(writer: &Writer, filter: &Filter) -> Vec<FindingId> {
 fn response(container: &ContainerId) -> Response {
     Response {
         process: None,
+        pod: None,
+        image: None,
+        changed: true,
         ticket: 0,
         incarnation: Some(Incarnation {
             pid: 7,

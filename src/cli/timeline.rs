@@ -292,6 +292,9 @@ mod tests {
         alone.session = None;
         let response = Response {
             process: None,
+            pod: None,
+            image: None,
+            changed: true,
             ticket: 0,
             incarnation: None,
             container: ContainerId::new("default", "web"),

@@ -155,12 +155,12 @@ impl Containerd {
         outcome.map_err(|refused| endpoint.refused_response(refused))
     }
 
-    /// Freezes one run of a container. Returns what happened, as a text.
+    /// Freezes one run of a container.
     pub async fn pause(
         &self,
         container: &ContainerId,
         meant: Option<Incarnation>,
-    ) -> Result<String, Error> {
+    ) -> Result<Killed, Error> {
         let (endpoint, namespace) = self.find(container).await?;
         let outcome = tasks::pause(&namespace, &container.id, meant).await;
         outcome.map_err(|refused| endpoint.refused_response(refused))

@@ -1,8 +1,8 @@
 //! One process of a container is killed, and no other process of the node.
 //!
 //! A finding can name a process of the host: a runtime or `docker cp` writes into containers. So
-//! the process must belong to the container for certain: by its pid namespace, or by the
-//! container's own control group.
+//! the process must belong to the container for certain: by the container's own control group or,
+//! where that is not known, by its pid namespace.
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -40,12 +40,16 @@ pub(super) async fn kill(
     }
     let init = Handle::open(meant.pid).map_err(|err| unreadable(meant.pid, &err))?;
     run.is_there()?;
-    if !shares_pid_namespace(&found, &init)
-        && !is_in_own_group(namespace, container, &found, &init).await?
-    {
-        return Err(Refused::Failed(format!(
-            "the process {pid} does not belong to the container, as far as its namespaces and \
-             control groups show; nothing was done"
+    // Another container may have joined the pid namespace: the control group says more.
+    let is_member = match is_in_own_group(namespace, container, &found, &init).await? {
+        Some(is_member) => is_member,
+        None => shares_pid_namespace(&found, &init),
+    };
+    if !is_member {
+        // Final: as long as the process lives, it belongs elsewhere.
+        return Err(Refused::Gone(format!(
+            "the process {pid} does not belong to the container, as far as its control groups and \
+             namespaces show; nothing was done"
         )));
     }
     if pidfd::has_ended(handle.as_fd()) {
@@ -83,26 +87,36 @@ fn shares_pid_namespace(process: &Handle, init: &Handle) -> bool {
     init.is_first_in_pid_namespace() && of(init).is_some() && of(process) == of(init)
 }
 
-/// Whether the process is in the control group that the container's specification names.
+/// Whether the process is in the control group that the container's specification names. `None`
+/// if that group is not known.
 async fn is_in_own_group(
     namespace: &Namespace,
     container: &str,
     process: &Handle,
     init: &Handle,
-) -> Result<bool, Refused> {
+) -> Result<Option<bool>, Refused> {
+    let (Ok(of_init), Ok(of_process)) = (init.groups(), process.groups()) else {
+        return Ok(None);
+    };
+    // The usual case needs no question.
+    if of_init == of_process && shares_pid_namespace(process, init) {
+        return Ok(Some(true));
+    }
     let record = containers::get(namespace, container).await?;
     let spec = record.and_then(|record| record.spec).map(|spec| Spec::parse(&spec.value));
-    let Some(spec) = spec else { return Ok(false) };
-    let (Ok(of_init), Ok(of_process)) = (init.groups(), process.groups()) else {
-        return Ok(false);
-    };
+    let Some(spec) = spec else { return Ok(None) };
     Ok(is_below(&of_init, &of_process, |path| spec.own_cgroup(container, path)))
 }
 
-/// Whether a process is in the container's own group in every hierarchy in which that is known.
+/// Whether a process is in the container's own group in every hierarchy in which that is known;
+/// `None` if it is known in none.
 /// Both memberships are texts of `/proc/PID/cgroup`. `own` returns the length of the path of the
 /// container's own group in the path of init's group.
-fn is_below(of_init: &[u8], of_process: &[u8], own: impl Fn(&[u8]) -> Option<usize>) -> bool {
+fn is_below(
+    of_init: &[u8],
+    of_process: &[u8],
+    own: impl Fn(&[u8]) -> Option<usize>,
+) -> Option<bool> {
     let own_groups: Vec<(&[u8], &[u8])> = groups(of_init)
         .filter_map(|(hierarchy, path)| Some((hierarchy, &path[..own(path)?])))
         .collect();
@@ -112,7 +126,7 @@ fn is_below(of_init: &[u8], of_process: &[u8], own: impl Fn(&[u8]) -> Option<usi
         let below = path.and_then(|path| path.strip_prefix(*group));
         below.is_some_and(|below| below.is_empty() || below.starts_with(b"/"))
     };
-    !own_groups.is_empty() && own_groups.iter().all(is_in)
+    (!own_groups.is_empty()).then(|| own_groups.iter().all(is_in))
 }
 
 /// The hierarchies of a membership, each with the path of the group.
@@ -134,20 +148,27 @@ mod tests {
             is_below(of_init.as_bytes(), of_process.as_bytes(), |path| spec.own_cgroup("c1", path))
         };
         let plain = spec("/default/c1");
-        assert!(check(&plain, "0::/default/c1\n", "0::/default/c1\n"));
-        assert!(check(&plain, "0::/default/c1/init.scope\n", "0::/default/c1/user/x\n"));
+        assert_eq!(Some(true), check(&plain, "0::/default/c1\n", "0::/default/c1\n"));
+        assert_eq!(
+            Some(true),
+            check(&plain, "0::/default/c1/init.scope\n", "0::/default/c1/user/x\n")
+        );
         for other in
             ["/default/c10", "/default/c2", "/", "/system.slice/docker.service", "/default"]
         {
-            assert!(!check(&plain, "0::/default/c1\n", &format!("0::{other}\n")), "{other}");
+            assert_ne!(
+                Some(true),
+                check(&plain, "0::/default/c1\n", &format!("0::{other}\n")),
+                "{other}"
+            );
         }
         // A group of that name which another container has made within its own.
-        assert!(!check(&plain, "0::/default/c1\n", "0::/default/c2/default/c1\n"));
+        assert_ne!(Some(true), check(&plain, "0::/default/c1\n", "0::/default/c2/default/c1\n"));
         let both = "12:freezer:/default/c1\n0::/default/c1\n";
-        assert!(!check(&plain, both, "12:freezer:/default/c1\n0::/default/c2\n"));
+        assert_ne!(Some(true), check(&plain, both, "12:freezer:/default/c1\n0::/default/c2\n"));
         // The group of the container is not known.
-        assert!(!check(&spec("/elsewhere"), "0::/default/c1\n", "0::/default/c1\n"));
-        assert!(!check(&plain, "0::/\n", "0::/\n"));
-        assert!(!check(&plain, "", ""));
+        assert_ne!(Some(true), check(&spec("/elsewhere"), "0::/default/c1\n", "0::/default/c1\n"));
+        assert_ne!(Some(true), check(&plain, "0::/\n", "0::/\n"));
+        assert_ne!(Some(true), check(&plain, "", ""));
     }
 }

@@ -76,13 +76,15 @@ pub(super) async fn get(namespace: &Namespace, container: &str) -> Result<Option
         .and_then(|process| task_of(&process)))
 }
 
-/// The outcome of a kill.
+/// The outcome of a kill or a pause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Killed {
     /// What happened and what follows, as a text.
     pub message: String,
     /// What starts the container again, or may.
     pub restarter: Option<Restarter>,
+    /// Whether anything was done: it may have been so already.
+    pub changed: bool,
 }
 
 /// Why a response was not carried out.
@@ -224,7 +226,7 @@ pub(super) async fn kill(
     let Some(meant) = meant else {
         check_not_running(namespace, container).await?;
         let message = "it was not running: there was nothing to kill".into();
-        return Ok(Killed { message, restarter: None });
+        return Ok(Killed { message, restarter: None, changed: false });
     };
     let run = Run::hold(namespace, container, meant)?;
     let (record, _) = run.confirm().await?;
@@ -246,16 +248,17 @@ pub(super) async fn kill(
             restarts::STATUS,
             restarts::STOPPED
         );
-        return Ok(Killed { message, restarter: None });
+        return Ok(Killed { message, restarter: None, changed: true });
     }
     // The kill is done; finding out what follows must not delay the outcome for long.
     let sequel = tokio::time::timeout(SEQUEL_PATIENCE, run.sequel(&record)).await;
     Ok(match sequel.unwrap_or_default() {
-        None => Killed { message: killed, restarter: None },
+        None => Killed { message: killed, restarter: None, changed: true },
         Some((restarter, text)) => {
             // driftd can change only what the restart monitor does.
             let without = if no_restart { "; --no-restart has changed nothing" } else { "" };
-            Killed { message: format!("{killed}; {text}{without}"), restarter: Some(restarter) }
+            let message = format!("{killed}; {text}{without}");
+            Killed { message, restarter: Some(restarter), changed: true }
         }
     })
 }
@@ -380,12 +383,13 @@ async fn still_within(freezers: &Freezers, patience: Duration) -> io::Result<Sti
     }
 }
 
-/// Freezes a run. Returns what happened, as a text.
+/// Freezes a run.
 pub(super) async fn pause(
     namespace: &Namespace,
     container: &str,
     meant: Option<Incarnation>,
-) -> Result<String, Refused> {
+) -> Result<Killed, Refused> {
+    let done = |changed| move |message| Killed { message, restarter: None, changed };
     let Some(meant) = meant else {
         check_not_running(namespace, container).await?;
         return Err(Refused::Failed("it is not running: there is nothing to pause".into()));
@@ -399,7 +403,8 @@ pub(super) async fn pause(
     };
     let before = settled(Duration::ZERO).await;
     if task.paused || before.is_some_and(Stillness::is_ordered) {
-        return of_paused_already(task.paused, before).map_err(Refused::Failed);
+        let already = of_paused_already(task.paused, before).map(done(false));
+        return already.map_err(Refused::Failed);
     }
     let request = PauseTaskRequest { container_id: container.into() };
     let mut tasks = namespace.tasks();
@@ -426,7 +431,7 @@ pub(super) async fn pause(
     };
     let after = settled(FREEZE_PATIENCE).await;
     let Some((reason, refused)) = failed else {
-        return of_paused(meant.pid, after).map_err(Refused::Failed);
+        return of_paused(meant.pid, after).map(done(true)).map_err(Refused::Failed);
     };
     Err(match half_paused(&reason, after) {
         Some(text) => Refused::Failed(text),

@@ -52,7 +52,9 @@ fn takes_a_name(image: &ImageBaseline, path: &RootfsPath, origins: &[KnownBaseli
         }
         is_offered = true;
     }
-    !is_offered && programs::is_tool(name)
+    // An interpreter's name makes a process a package manager, with the right arguments.
+    !is_offered
+        && (programs::is_tool(programs::without_version(name)) || programs::runs_installers(name))
 }
 
 const PROGRAM_DIRECTORIES: &[&str] =

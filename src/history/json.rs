@@ -33,6 +33,11 @@ struct ResponseJson {
     incarnation: Option<Incarnation>,
     #[serde(default)]
     process: Option<ProcessIdentity>,
+    /// What the limits of rules count, in a rule's response.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pod: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    image: Option<String>,
     outcome: Outcome,
 }
 
@@ -76,6 +81,8 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             finding: response.finding,
             incarnation: response.incarnation,
             process: response.process,
+            pod: response.pod.clone(),
+            image: response.image.clone(),
             outcome: response.outcome.clone(),
         }),
         Record::Gap { name, container, detail, at, until } => serde_json::to_string(&GapJson {
@@ -186,12 +193,17 @@ impl Kept for Response {
             finding,
             incarnation,
             process,
+            pod,
+            image,
             outcome,
         } = serde_json::from_str(text)?;
         Ok(Response {
             ticket: 0,
             incarnation,
             process,
+            pod,
+            image,
+            changed: true,
             container,
             reason,
             requested_by,

@@ -19,8 +19,8 @@ use crate::model::{
 
 /// Runs of one container that have ended and are remembered as such.
 const MAX_ENDED: usize = 64;
-/// Responses to processes of one run that are remembered.
-const MAX_ANSWERS: usize = 256;
+/// Responses to processes of one run that are remembered, and refusals of others.
+const MAX_ANSWERS: usize = 1024;
 
 /// Everything about one container.
 #[derive(Debug, Default)]
@@ -90,6 +90,8 @@ pub struct Watch {
 /// long as it fails.
 #[derive(Clone, Debug)]
 pub struct Answering {
+    /// Its number among all.
+    pub number: u64,
     pub action: Answer,
     pub incarnation: Incarnation,
     /// The process that is meant, if it is not the whole run.
@@ -104,7 +106,7 @@ pub struct Answering {
     pub failures: u32,
     /// When it is requested again.
     pub due: Option<Timestamp>,
-    /// When a limit has refused it.
+    /// Until when it stays refused by a limit.
     pub refused: Option<Timestamp>,
 }
 
@@ -172,20 +174,32 @@ impl CurrentRun {
         self.answers.iter_mut()
     }
 
-    /// Remembers a response. The oldest one to a process that is over gives way.
-    /// False if there is no room.
-    pub fn remember_answer(&mut self, answer: Answering) -> bool {
+    /// Makes room for a response. The oldest one that is over gives way: to a process, or a
+    /// refusal. A response to the whole run always has room. False if there is none.
+    pub fn make_room(&mut self, is_whole: bool) -> bool {
         if self.answers.len() >= MAX_ANSWERS {
             let is_over = |one: &Answering| {
-                one.process.is_some() && one.ticket.is_none() && one.due.is_none()
+                let is_kept = one.process.is_none() && one.refused.is_none();
+                !is_kept && one.ticket.is_none() && one.due.is_none()
             };
             match self.answers.iter().position(is_over) {
                 Some(at) => drop(self.answers.remove(at)),
-                None => return false,
+                None => return is_whole,
             }
         }
-        self.answers.push_back(answer);
         true
+    }
+
+    pub fn remember_answer(&mut self, answer: Answering) {
+        self.answers.push_back(answer);
+    }
+
+    /// The run goes on: it may be paused again.
+    pub fn is_not_paused(&mut self) {
+        let is_done = |one: &Answering| one.ticket.is_none() && one.due.is_none();
+        self.forget_answers(|one| {
+            one.action == Answer::Pause && one.refused.is_none() && is_done(one)
+        });
     }
 
     pub fn forget_answers(&mut self, is_meant: impl Fn(&Answering) -> bool) {
@@ -332,7 +346,8 @@ impl Entry {
             && let Some(process) = &finding.process
         {
             let process = Arc::new(process.clone());
-            let _ = self.writers.remember_package_manager(&process, None, |_| false);
+            let began = finding.first_seen;
+            let _ = self.writers.remember_package_manager(&process, None, began, |_, _| false);
         }
         self.findings.insert(finding);
     }

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
+use std::sync::LazyLock;
 
 use crate::budget::Share;
 use crate::model::{Blake3Hash, FileEvidence, Finding, FindingId, Kind, Member, RootfsPath};
@@ -56,7 +57,7 @@ impl Aspect {
     }
 }
 
-/// What was reported of a member: the beginning of its content's hash, or that it is gone.
+/// What was reported of a member: a short hash of its content, or that it is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reported(u32);
 
@@ -68,7 +69,10 @@ impl Reported {
     const UNHASHED: Reported = Reported(2);
 
     pub fn content(blake3: Option<Blake3Hash>) -> Reported {
-        let Some(Blake3Hash([a, b, c, d, ..])) = blake3 else { return Reported::UNHASHED };
+        // A random key: a container that knew it could choose a content with the same number.
+        static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        let Some(Blake3Hash(hash)) = blake3 else { return Reported::UNHASHED };
+        let [a, b, c, d, ..] = KEY.hash_one(hash).to_le_bytes();
         Reported(u32::from_le_bytes([a, b, c, d]).max(3))
     }
 

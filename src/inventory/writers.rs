@@ -5,11 +5,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use crate::model::{Ancestor, Blake3Hash, FindingId, Process, ProcessIdentity, is_linker};
 
 /// Package managers of one container whose descendants are recognised.
 const MAX_PACKAGE_MANAGERS: usize = 256;
 const MAX_CANDIDATES: usize = 16;
+const MAX_COPIES: usize = 256;
 /// Contents of one container that a linker has written and that are remembered as such.
 const MAX_LINKED: usize = 1024;
 /// Processes of one container that run unpacked scripts and are remembered as such, and
@@ -21,16 +24,25 @@ pub struct Writers {
     /// Contents that a linker has written, each with the linker's process: its program
     /// and its parents, and no more.
     linked: HashMap<Blake3Hash, Process>,
-    /// The newest package managers at work, a parent before its children, each with the first
-    /// one that did the same work.
-    package_managers: VecDeque<(ProcessIdentity, Arc<Process>)>,
+    /// The newest package managers at work, a parent before its children.
+    package_managers: VecDeque<PackageManager>,
     /// Processes that may be package managers; their programs have not been read yet.
     candidates: VecDeque<Arc<Process>>,
+    /// Processes that run a plain copy of an image's program.
+    copies: VecDeque<ProcessIdentity>,
     /// Findings about what was unpacked.
     unpackings: VecDeque<(FindingId, Unpacking)>,
     /// Processes that run scripts which were unpacked here, each with the finding that reports
     /// its script.
     unpacked: VecDeque<(ProcessIdentity, FindingId)>,
+}
+
+#[derive(Debug)]
+struct PackageManager {
+    identity: ProcessIdentity,
+    /// The first one that did the same work: its transaction is continued.
+    first: Arc<Process>,
+    began: Timestamp,
 }
 
 /// The process that has unpacked files.
@@ -43,35 +55,62 @@ pub struct Unpacking {
 impl Writers {
     /// A descendant of a known package manager belongs to that one. A package manager that the
     /// container's own work runs once more, or right after another one, continues the
-    /// transaction of the first one, if `continues` allows it. Returns that first one.
+    /// transaction of the first one, if `continues` allows it: it gets the first one, and whether
+    /// it did the very same. Returns that first one.
     pub fn remember_package_manager(
         &mut self,
         process: &Arc<Process>,
         init: Option<ProcessIdentity>,
-        continues: impl Fn(&Process) -> bool,
+        began: Timestamp,
+        continues: impl Fn(&Process, bool) -> bool,
     ) -> Option<Arc<Process>> {
         if self.package_manager_of(process).is_some() {
             return None;
         }
         let first = init.and_then(|init| {
             let own = Work::of(process, init)?;
-            let known = self.package_managers.iter().map(|(_, first)| first);
+            let known = self.package_managers.iter().map(|known| &known.first);
             let known = known.filter_map(|first| Some((first, Work::of(first, init)?)));
             let mut same = known.clone().filter(|(_, work)| own.is_same(work)).peekable();
             // If an exception accepted the same work, it may accept this too.
             if same.peek().is_some() {
-                return same.map(|(first, _)| first).find(|first| continues(first));
+                return same.map(|(first, _)| first).find(|first| continues(first, true));
             }
             let mut beside = known.filter(|(_, work)| own.is_of_one_script(work));
-            beside.find(|(first, _)| continues(first)).map(|(first, _)| first)
+            beside.find(|(first, _)| continues(first, false)).map(|(first, _)| first)
         });
-        let first = first.cloned();
+        let continued = first.cloned();
         if self.package_managers.len() == MAX_PACKAGE_MANAGERS {
             self.package_managers.pop_front();
         }
-        let known = first.clone().unwrap_or_else(|| process.clone());
-        self.package_managers.push_back((process.identity, known));
-        first
+        let first = continued.clone().unwrap_or_else(|| process.clone());
+        let identity = process.identity;
+        self.package_managers.push_back(PackageManager { identity, first, began });
+        continued
+    }
+
+    /// When the package managers of a transaction began, by their first one.
+    pub fn began(&self, first: &Process) -> impl Iterator<Item = Timestamp> {
+        let of_it = self.package_managers.iter();
+        of_it.filter(|known| known.first.identity == first.identity).map(|known| known.began)
+    }
+
+    /// A process executes a plain copy of an image's program, or something else.
+    pub fn runs_copy(&mut self, process: ProcessIdentity, is_copy: bool) {
+        let is_known = self.copies.contains(&process);
+        if is_copy && !is_known {
+            if self.copies.len() == MAX_COPIES {
+                self.copies.pop_front();
+            }
+            self.copies.push_back(process);
+        } else if !is_copy && is_known {
+            self.copies.retain(|one| *one != process);
+            self.package_managers.retain(|known| known.identity != process);
+        }
+    }
+
+    pub fn is_copy(&self, process: ProcessIdentity) -> bool {
+        self.copies.contains(&process)
     }
 
     /// Remembers a process that is a package manager if its program turns out to be a copy of
@@ -90,7 +129,7 @@ impl Writers {
     /// The package manager that this process is or descends from: the outermost.
     pub fn package_manager_of(&self, process: &Process) -> Option<&Arc<Process>> {
         let mut known = self.package_managers.iter();
-        known.find(|(identity, _)| process.descends_from(*identity)).map(|(_, process)| process)
+        known.find(|known| process.descends_from(known.identity)).map(|known| &known.first)
     }
 
     /// Remembers a content if a linker has written it. It is recognised again wherever it
@@ -153,7 +192,8 @@ impl Writers {
     }
 }
 
-/// A process and those above it in its container, up to init. What a person runs has none.
+/// A process and those above it in its container, up to init. What a person runs has none, and
+/// neither has a child of init: any orphan becomes one.
 struct Work<'a> {
     process: &'a Process,
     above: &'a [Ancestor],
@@ -163,7 +203,7 @@ impl<'a> Work<'a> {
     fn of(process: &'a Process, init: ProcessIdentity) -> Option<Work<'a>> {
         let at = process.ancestors.iter().position(|above| above.identity == init)?;
         let above = &process.ancestors[..=at];
-        process.tty.is_none().then_some(Work { process, above })
+        (at > 0 && process.tty.is_none()).then_some(Work { process, above })
     }
 
     /// The same program with the same arguments, run by the same programs.

@@ -23,6 +23,8 @@ const MOST_REMEMBERED: usize = 4096;
 /// An answer of a rule.
 #[derive(Clone, Debug)]
 pub(super) struct Asked {
+    /// Its number, by which it is taken back.
+    pub(super) number: u64,
     pub(super) rule: String,
     pub(super) container: ContainerId,
     /// Its pod, as `NAMESPACE/NAME`.
@@ -141,6 +143,11 @@ impl Breaker {
         self.answers.push_back((at, asked));
     }
 
+    /// An answer has done nothing: the process had ended, or the container was paused already.
+    pub(super) fn take_back(&mut self, number: u64) {
+        self.answers.retain(|(_, one)| one.number != number);
+    }
+
     fn forget_before(&mut self, limits: AnswerLimits, now: Timestamp) {
         let begin = now.checked_sub(limits.within).unwrap_or(Timestamp::MIN);
         // A clock that was set back leaves answers of the future: they end with the others.
@@ -158,12 +165,12 @@ impl Breaker {
     /// Returns those that were stopped.
     pub(super) fn resume(&mut self, rule: Option<&str>) -> Vec<StoppedRule> {
         let is_meant = |name: &str| rule.is_none_or(|rule| rule == name);
-        self.answers.retain(|(_, one)| !is_meant(&one.rule));
         let (resumed, others) = std::mem::take(&mut self.stopped)
             .into_iter()
             .partition(|(name, _): &(String, StoppedRule)| is_meant(name));
         let resumed: BTreeMap<String, StoppedRule> = resumed;
         self.stopped = others;
+        self.answers.retain(|(_, one)| !resumed.contains_key(&one.rule));
         resumed.into_values().collect()
     }
 
@@ -192,6 +199,7 @@ mod tests {
 
     fn asked(rule: &str, container: &str) -> Asked {
         Asked {
+            number: 0,
             rule: rule.into(),
             container: ContainerId::new("default", container),
             pod: None,
@@ -284,6 +292,17 @@ mod tests {
             breaker.permit(process("d"), LIMITS, at(53)),
             Err(Refusal::Stopped(_, true))
         ));
+    }
+
+    #[test]
+    fn what_has_done_nothing_does_not_count() {
+        let mut breaker = Breaker::default();
+        for number in 1..20 {
+            let asked = Asked { number, ..asked("r", &number.to_string()) };
+            assert_eq!(breaker.permit(asked, LIMITS, at(1)), Ok(()));
+            breaker.take_back(number);
+        }
+        assert_eq!(breaker.answers.len(), 0);
     }
 
     #[test]

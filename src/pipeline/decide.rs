@@ -26,28 +26,32 @@ impl State {
     pub(super) fn decide_emission(&self, emission: &Emission<'_>) -> Decision {
         let Emission { observation, judgement, evidence, now, .. } = *emission;
         let id = FindingId::new(Some(&observation.container), judgement.kind, &evidence.subject());
-        let mut finding = self.make_finding(id, emission);
-        let accepted = self.found_again(emission);
-        if let Some(accepted) = accepted {
-            recall(&mut finding, accepted);
-        }
+        let finding = self.make_finding(id, emission);
         let session =
             self.sessions.session(&observation.container, observation.session, evidence.process);
-        let subject = Subject {
-            finding: &finding,
-            severity: judgement.severity,
-            session,
-            may_be_of_session: accepted.is_none()
-                && self.may_be_of_session(observation, evidence.process),
+        let decide = |finding: &Finding, may_be_of_session| {
+            let severity = judgement.severity;
+            let subject = Subject { finding, severity, session, may_be_of_session };
+            self.policy.decide(&subject, now)
         };
-        self.policy.decide(&subject, now)
+        if let Some(accepted) = self.found_again(emission) {
+            let decision = decide(&recalled(&finding, accepted), false);
+            // Another rule decides by what is known now.
+            if decision.verdict.is_accept() && decision.verdict.rule == accepted.verdict.rule {
+                return decision;
+            }
+        }
+        decide(&finding, self.may_be_of_session(observation, evidence.process))
     }
 
     /// What an exception has accepted before, if a scan finds it again. A scan knows less of it:
     /// by then its writer has ended, or driftd was started again.
     fn found_again(&self, emission: &Emission<'_>) -> Option<&Finding> {
         let Emission { observation, judgement, evidence, .. } = *emission;
-        let path = evidence.path.filter(|_| observation.source == Source::Scan)?;
+        // A privilege may have changed with the same content.
+        let is_content =
+            observation.source == Source::Scan && judgement.kind != Kind::FilePrivileged;
+        let path = evidence.path.filter(|_| is_content)?;
         let entry = self.inventory.get(&observation.container)?;
         let (id, reported) = entry.members.of(Aspect::Accepted(judgement.kind), path)?;
         let expected = match judgement.kind {
@@ -151,12 +155,14 @@ impl State {
     }
 }
 
-/// Completes what a scan finds again by what was known when it was accepted.
-fn recall(finding: &mut Finding, accepted: &Finding) {
-    if finding.kind.is_written() || finding.process.is_none() {
+/// What a scan finds again, completed by what was known when it was accepted.
+fn recalled(finding: &Finding, accepted: &Finding) -> Finding {
+    let mut finding = finding.clone();
+    let is_known = |one: &Process| one.identity.start_time > 0;
+    if !finding.process.as_ref().is_some_and(is_known) {
         finding.process.clone_from(&accepted.process);
     }
-    if finding.writer.is_none() {
+    if !finding.writer.as_ref().is_some_and(is_known) {
         finding.writer.clone_from(&accepted.writer);
     }
     if let (Some(known), Some(more)) = (&mut finding.from_image, &accepted.from_image) {
@@ -165,6 +171,7 @@ fn recall(finding: &mut Finding, accepted: &Finding) {
         known.dedup();
     }
     finding.after_start_milliseconds = accepted.after_start_milliseconds;
+    finding
 }
 
 /// Whether an exception has accepted something about a path.

@@ -39,6 +39,7 @@ impl State {
         for judgement in &assessment.judgements {
             let verdict = self.policy.report();
             let emission = Emission { observation, judgement, evidence, verdict: &verdict, now };
+            self.note_copy(&emission);
             if !self.policy.has_rules() {
                 self.emit_one(&emission, effects);
                 continue;
@@ -58,7 +59,8 @@ impl State {
         evidence: &Evidence<'_>,
     ) -> Option<Process> {
         let is_code = assessment.judgements.iter().any(|judgement| is_run(judgement.kind));
-        let content = evidence.content().filter(|_| is_code && evidence.writer.is_none())?;
+        let is_unknown = evidence.writer.is_none() && !evidence.could_change().is_possible();
+        let content = evidence.content().filter(|_| is_code && is_unknown)?;
         let entry = self.inventory.get(&observation.container)?;
         entry.writers.linked(content).cloned()
     }

@@ -77,7 +77,8 @@ impl State {
             Fact::Session(fact) => self.session_fact(observation, fact, now, effects),
             Fact::PackageManager { process } => {
                 if let Some(baseline) = self.baseline_for(observation, now, effects) {
-                    self.package_manager(&observation.container, process, &baseline);
+                    let at = observation.at;
+                    self.package_manager(&observation.container, process, &baseline, at);
                 }
             }
             Fact::File(fact) => {

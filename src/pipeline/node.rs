@@ -112,6 +112,9 @@ impl State {
             entry.baseline.state = BaselineState::Pending(chain_id);
             effects.push(Effect::record_baseline(&container));
         }
+        if container.task.as_ref().is_some_and(|task| !task.paused) {
+            entry.run.is_not_paused();
+        }
         entry.container = Some(container);
         if trust(entry) != sent_trust {
             send_trust(&id, entry, effects);

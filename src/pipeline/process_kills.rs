@@ -69,7 +69,7 @@ impl ProcessKills {
              the last one: {}",
             self.recorded, response.outcome.message
         );
-        response.outcome.succeeded = failed == 0 && killed > 0;
+        response.outcome.succeeded = killed > 0;
         response.outcome.gone = failed == 0 && killed == 0;
         (self.recorded, self.killed, self.gone, self.failed) = (now, 0, 0, 0);
         Some(response)

@@ -17,11 +17,17 @@ use crate::model::{
     Verdict,
 };
 use crate::policy::KILL_ON;
-use crate::respond::{RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS, TOO_MANY};
+use crate::respond::{
+    Action, RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS, TOO_MANY,
+};
 
 /// The pauses before a failed response is tried again: each is twice as long as the last one.
 const FIRST_PAUSE: SignedDuration = SignedDuration::from_secs(1);
 const LONGEST_PAUSE: SignedDuration = SignedDuration::from_secs(300);
+/// For how long an answer stays refused by a limit, or because its rule is stopped. Then it is
+/// asked for and recorded again.
+const REFUSED: SignedDuration = SignedDuration::from_secs(60);
+const MOST_REFUSED: SignedDuration = SignedDuration::from_secs(600);
 /// Where something happened: the run of the container and the process.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Actor {
@@ -66,15 +72,8 @@ impl State {
     ) {
         let Cause { container, actor, kind, finding, .. } = *cause;
         let action = answer.action;
-        let process = match action {
-            Answer::KillProcess => match actor.process {
-                Some(process) => Some(process),
-                // No process did it, or none is known: there is nothing to kill.
-                None => return,
-            },
-            Answer::Pause | Answer::Kill => None,
-        };
-        let limits = self.policy.limits;
+        let process = actor.process.filter(|_| action == Answer::KillProcess);
+        let (number, limits) = (self.ticket(), self.policy.limits);
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let meant =
             actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
@@ -84,49 +83,58 @@ impl State {
             one.action == action
                 && one.process == process
                 && is_same_run(&one.incarnation, &incarnation)
+                // A limit of one rule is none of another.
+                && (one.refused.is_none() || one.rule == answer.rule)
         };
-        let is_over = |one: &Answering| {
-            let within = SignedDuration::try_from(limits.within).unwrap_or(SignedDuration::MAX);
-            one.refused.is_some_and(|at| now.duration_since(at) > within)
-        };
-        entry.run.forget_answers(|one| is_it(one) && is_over(one));
+        // After a clock was set back, it would last.
+        let is_over = |until: Timestamp| until <= now || until.duration_since(now) > MOST_REFUSED;
+        entry.run.forget_answers(|one| is_it(one) && one.refused.is_some_and(is_over));
         if entry.run.answers().any(is_it) {
             return;
         }
-        let rule = answer.rule.clone();
         let answering = Answering {
+            number,
             action,
             incarnation,
             process,
             kind,
             finding,
-            rule: rule.clone(),
+            rule: answer.rule.clone(),
             ticket: None,
             failures: 0,
             due: None,
             refused: None,
         };
         // With its init, the whole run ends.
-        let is_whole = process.is_none_or(|process| Some(process) == entry.run.init);
-        let asked = asked_in(container, entry, rule, is_whole);
-        let permitted = match process {
-            Some(ProcessIdentity { start_time: 0, .. }) => Err(Refusal::Limit(
-                "the process had ended before it was known well enough to be killed".into(),
-            )),
-            _ => self.responses.breaker.permit(asked, limits, now),
+        let is_init = |one: ProcessIdentity| [entry.run.init, actor.init].contains(&Some(one));
+        let is_whole = action != Answer::KillProcess || process.is_some_and(is_init);
+        let asked = asked_in(container, entry, &answering, is_whole);
+        let refused = match process {
+            None if action == Answer::KillProcess => Some("no process is known that did it"),
+            Some(ProcessIdentity { start_time: 0, .. }) => {
+                Some("the process had ended before it was known well enough to be killed")
+            }
+            _ if !entry.run.make_room(is_whole) => Some(TOO_MANY),
+            _ => None,
+        };
+        let permitted = match refused {
+            Some(why) => Err(Refusal::Limit(why.to_owned())),
+            None => self.responses.breaker.permit(asked, limits, now),
         };
         match permitted {
             Ok(()) => {
-                let key = (action, process);
-                if entry.run.remember_answer(answering.clone()) {
-                    self.request_answer(container, key, now, effects);
-                } else {
-                    let request = self.request_of(container, &answering, now);
-                    self.record_response(request.failed(TOO_MANY.to_owned()), now, effects);
-                }
+                entry.run.remember_answer(answering);
+                self.request_answer(container, number, now, effects);
             }
             Err(refusal) => {
-                entry.run.remember_answer(Answering { refused: Some(now), ..answering.clone() });
+                let time = match &refusal {
+                    Refusal::Limit(_) => REFUSED,
+                    Refusal::Stopped(..) => MOST_REFUSED,
+                };
+                let refused = Some(now.saturating_add(time).unwrap_or(Timestamp::MAX));
+                if entry.run.make_room(false) {
+                    entry.run.remember_answer(Answering { refused, ..answering.clone() });
+                }
                 self.refuse(container, &answering, refusal, now, effects);
             }
         }
@@ -203,7 +211,8 @@ impl State {
     pub fn remember_answers(&mut self, responses: Vec<Response>) {
         let breaker = &mut self.responses.breaker;
         for response in responses {
-            let Response { container, requested_by, requested_at, reason, outcome, .. } = response;
+            let Response { container, incarnation, process, pod, image, .. } = response;
+            let Response { requested_by, requested_at, reason, outcome, .. } = response;
             match outcome.action.as_str() {
                 STOP_ANSWERS => {
                     let Some(rule) = rule_of(&requested_by) else { continue };
@@ -218,9 +227,13 @@ impl State {
                 }
                 action if outcome.succeeded => {
                     let Some(rule) = rule_of(&requested_by) else { continue };
-                    let is_whole = action != Answer::KillProcess.name();
-                    let rule = rule.to_owned();
-                    let asked = Asked { rule, container, pod: None, image: None, is_whole };
+                    let is_init = |process: ProcessIdentity| {
+                        incarnation.is_some_and(|run| run.pid == process.pid)
+                    };
+                    let is_whole =
+                        action != Answer::KillProcess.name() || process.is_some_and(is_init);
+                    let (rule, number) = (rule.to_owned(), 0);
+                    let asked = Asked { number, rule, container, pod, image, is_whole };
                     breaker.remember(requested_at, asked);
                 }
                 _ => (),
@@ -234,9 +247,13 @@ impl State {
         answering: &Answering,
         now: Timestamp,
     ) -> ResponseRequest {
+        let entry = self.inventory.get(container);
+        let (pod, image) = entry.map(workload_of).unwrap_or_default();
         ResponseRequest {
             ticket: self.ticket(),
             container: container.clone(),
+            pod,
+            image,
             incarnation: Some(answering.incarnation),
             process: answering.process,
             action: answering.action.into(),
@@ -252,12 +269,11 @@ impl State {
     fn request_answer(
         &mut self,
         container: &ContainerId,
-        key: (Answer, Option<ProcessIdentity>),
+        number: u64,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        let is_it =
-            |one: &&mut Answering| (one.action, one.process) == key && one.refused.is_none();
+        let is_it = |one: &&mut Answering| one.number == number;
         let entry = self.inventory.get_mut(container);
         let known = entry.and_then(|entry| entry.run.answers_mut().find(is_it));
         let Some(answering) = known.map(|known| known.clone()) else { return };
@@ -292,23 +308,23 @@ impl State {
         self.record_response(response.clone(), now, effects);
         if let Some(entry) = self.inventory.get_mut(&response.container) {
             let is_it = |one: &&mut Answering| one.ticket == Some(response.ticket);
-            let mut paused = None;
             if let Some(answering) = entry.run.answers_mut().find(is_it) {
                 answering.ticket = None;
-                if !response.outcome.succeeded && !response.outcome.gone {
-                    let failures = answering.failures.saturating_add(1);
-                    answering.failures = failures;
-                    answering.due = Some(now.saturating_add(pause_after(failures)).unwrap_or(now));
+                if response.outcome.succeeded || response.outcome.gone {
+                    if !response.changed || response.outcome.gone {
+                        self.responses.breaker.take_back(answering.number);
+                    }
+                } else {
+                    // That others wait is no failure of this one.
+                    let is_failure = response.outcome.message != TOO_MANY;
+                    answering.failures = answering.failures.saturating_add(is_failure.into());
+                    let pause = pause_after(answering.failures);
+                    answering.due = Some(now.saturating_add(pause).unwrap_or(now));
                     self.responses.failed.insert(response.container.clone());
-                } else if answering.action == Answer::Pause {
-                    paused = Some(answering.incarnation);
                 }
             }
-            if let Some(run) = paused {
-                // A user may resume the container, and it may go on.
-                entry.run.forget_answers(|one| {
-                    one.action == Answer::Pause && is_same_run(&one.incarnation, &run)
-                });
+            if response.outcome.succeeded && response.outcome.action == Action::Resume.name() {
+                entry.run.is_not_paused();
             }
             if let Some(finding) = response.finding.and_then(|id| entry.findings.get_mut(&id)) {
                 finding.outcome = Some(response.outcome.clone());
@@ -363,6 +379,9 @@ impl State {
             container: id.clone(),
             incarnation: Some(incarnation),
             process: None,
+            pod: None,
+            image: None,
+            changed: true,
             reason: format!("pid {} was killed", before.pid),
             requested_by: by,
             requested_at: outcome.at,
@@ -440,15 +459,12 @@ impl State {
         };
         for id in std::mem::take(&mut self.responses.failed) {
             let Some(entry) = self.inventory.get(&id) else { continue };
-            let waiting: Vec<_> = entry
-                .run
-                .answers()
-                .filter_map(|one| Some((one.due?, (one.action, one.process))))
-                .collect();
+            let waiting: Vec<_> =
+                entry.run.answers().filter_map(|one| Some((one.due?, one.number))).collect();
             let mut is_left = false;
-            for (due, key) in waiting {
+            for (due, number) in waiting {
                 if is_due(due) {
-                    self.request_answer(&id, key, now, effects);
+                    self.request_answer(&id, number, now, effects);
                 } else {
                     is_left = true;
                 }
@@ -479,16 +495,24 @@ impl State {
 }
 
 /// An answer in a container, as the limits count it.
-fn asked_in(container: &ContainerId, entry: &Entry, rule: String, is_whole: bool) -> Asked {
+fn asked_in(
+    container: &ContainerId,
+    entry: &Entry,
+    answering: &Answering,
+    is_whole: bool,
+) -> Asked {
+    let (pod, image) = workload_of(entry);
+    let Answering { number, rule, .. } = answering;
+    let (number, rule, container) = (*number, rule.clone(), container.clone());
+    Asked { number, rule, container, pod, image, is_whole }
+}
+
+/// The pod of a container, as `NAMESPACE/NAME`, and its image.
+fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
     let known = entry.container.as_ref();
     let pod = known.and_then(|known| known.pod.as_ref());
-    Asked {
-        rule,
-        container: container.clone(),
-        pod: pod.map(|pod| format!("{}/{}", pod.namespace, pod.name)),
-        image: known.and_then(|known| known.image.name.clone()),
-        is_whole,
-    }
+    let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
+    (pod, known.and_then(|known| known.image.name.clone()))
 }
 
 /// How the history names a rule that has requested a response.
@@ -515,6 +539,9 @@ fn about_rule(
         container: container.clone(),
         incarnation: None,
         process: None,
+        pod: None,
+        image: None,
+        changed: true,
         reason: reason.to_owned(),
         requested_by,
         requested_at: at,

@@ -299,7 +299,7 @@ fn recall(state: &mut State, history: &Reader, event: &RuntimeEvent) -> Result<(
 pub(super) enum Carried {
     Out,
     /// Too many response requests wait already.
-    Back(ResponseRequest),
+    Back(Box<ResponseRequest>),
     /// The history takes no records any more.
     Nowhere,
 }
@@ -352,7 +352,7 @@ impl Carrier<'_> {
             Effect::Respond(request) => match outputs.response_requests.try_send(request) {
                 // If `respond` has ended, the request is given up at the end.
                 Ok(()) | Err(TrySendError::Closed(_)) => (),
-                Err(TrySendError::Full(request)) => return Carried::Back(request),
+                Err(TrySendError::Full(request)) => return Carried::Back(Box::new(request)),
             },
         }
         Carried::Out

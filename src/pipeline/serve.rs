@@ -76,6 +76,8 @@ impl State {
                         let request = ResponseRequest {
                             ticket: self.ticket(),
                             container,
+                            pod: None,
+                            image: None,
                             incarnation,
                             process: process.map(|process| *process),
                             action,

@@ -162,6 +162,12 @@ impl Policy {
         let is_real = |answer: &&RuleAnswer| !answer.dry_run;
         // One that is carried out counts before one that is not.
         let strongest = verdict.answers.iter().rfind(is_real).or(verdict.answers.last());
+        // Named is the first rule that asks for it.
+        let strongest = strongest.and_then(|one| {
+            let is_it =
+                |other: &&RuleAnswer| (other.action, other.dry_run) == (one.action, one.dry_run);
+            verdict.answers.iter().find(is_it)
+        });
         if let Some(RuleAnswer { action, rule, dry_run }) = strongest.cloned() {
             verdict.action = Some(action.name().to_owned());
             verdict.rule = Some(rule);

@@ -20,6 +20,9 @@ use crate::model::{Answer, Kind, Severity};
 /// The most rules of one set.
 pub const MAX_RULES: usize = 20_000;
 
+/// The rules that are named for one answer to a finding.
+const MOST_ASKING: usize = 8;
+
 /// A set of rules.
 #[derive(Clone, Debug, Default)]
 pub struct RuleSet {
@@ -37,7 +40,7 @@ pub struct Matched {
     pub rules: Vec<Arc<str>>,
     /// The severity that a rule gives it, and the rule.
     pub severity: Option<(Severity, Arc<str>)>,
-    /// The answers of those rules, each once, with the first rule that asks for it.
+    /// The answers of those rules, each with the rule that asks for it.
     pub answers: Vec<(Answer, Asked)>,
 }
 
@@ -155,15 +158,11 @@ impl RuleSet {
             }
             for answer in &rule.answers {
                 let always_enforced = rule.always_enforced;
-                match matched.answers.iter_mut().find(|(known, _)| known == answer) {
-                    // A rule that is always enforced counts before one that is not.
-                    Some((_, asked)) if asked.always_enforced || !always_enforced => (),
-                    Some((_, asked)) => {
-                        *asked = Asked { rule: Arc::clone(&rule.id), always_enforced };
-                    }
-                    None => matched
-                        .answers
-                        .push((*answer, Asked { rule: Arc::clone(&rule.id), always_enforced })),
+                let asked = Asked { rule: Arc::clone(&rule.id), always_enforced };
+                let count = matched.answers.iter().filter(|(known, _)| known == answer).count();
+                // The answers of one rule may be stopped: then another one answers.
+                if count < MOST_ASKING || always_enforced {
+                    matched.answers.push((*answer, asked));
                 }
             }
             matched.rules.push(Arc::clone(&rule.id));

@@ -706,7 +706,11 @@ impl Runtime for ReplayedRuntime {
         if found.is_ok() {
             self.end(container);
         }
-        let killed = || Killed { message: "all processes were killed".into(), restarter: None };
+        let killed = || Killed {
+            message: "all processes were killed".into(),
+            restarter: None,
+            changed: true,
+        };
         ready(found.map(|()| killed()))
     }
 
@@ -724,8 +728,10 @@ impl Runtime for ReplayedRuntime {
         &self,
         container: &ContainerId,
         meant: Option<Incarnation>,
-    ) -> impl Future<Output = Result<String, Error>> + Send {
-        ready(self.find(container, meant).map(|()| "the container is paused".into()))
+    ) -> impl Future<Output = Result<Killed, Error>> + Send {
+        let message = "the container is paused".into();
+        let paused = Killed { message, restarter: None, changed: true };
+        ready(self.find(container, meant).map(|()| paused))
     }
 
     fn resume(

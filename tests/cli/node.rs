@@ -333,6 +333,31 @@ fn stopped_rule() -> StoppedRule {
     }
 }
 
+/// The record that it answers again.
+fn resumed() -> Response {
+    Response {
+        ticket: 0,
+        incarnation: None,
+        process: None,
+        pod: None,
+        image: None,
+        changed: true,
+        outcome: Outcome {
+            action: "resume-answers".into(),
+            succeeded: true,
+            gone: false,
+            message: "mended".into(),
+            restarter: None,
+            at: Timestamp::now(),
+        },
+        container: stopped_rule().container,
+        reason: "rule everything: mended".into(),
+        requested_by: "uid 0".into(),
+        requested_at: Timestamp::now(),
+        finding: None,
+    }
+}
+
 /// The script: `web` has drifted, `clean` has not, `half` cannot be read completely, and
 /// `w` is ambiguous.
 fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
@@ -385,6 +410,9 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
         }
         ApiRequest::ResumeAnswers { rule, reply, .. } => {
             let is_meant = rule.is_none_or(|rule| rule == stopped_rule().rule);
+            if is_meant {
+                let _ = records.send(Record::Response(Box::new(resumed())));
+            }
             let _ = reply.send(is_meant.then(stopped_rule).into_iter().collect());
         }
         ApiRequest::Respond {
@@ -402,6 +430,9 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
                     ticket: 1,
                     incarnation: None,
                     process: process.map(|process| *process),
+                    pod: None,
+                    image: None,
+                    changed: true,
                     outcome: Outcome {
                         action: action.name().into(),
                         succeeded: &*container.id == "web",

@@ -261,6 +261,9 @@ fn every_entry_of_a_timeline_survives_the_wire() {
     {
         check_entry(Happened::Response(Box::new(Response {
             process: None,
+            pod: None,
+            image: None,
+            changed: true,
             ticket: 0,
             incarnation,
             container: ContainerId::new("default", "web"),

@@ -60,6 +60,12 @@ impl Service {
             pid => Some(ProcessIdentity { pid, start_time: 0 }),
         };
         let process = process.filter(|_| is_of_process);
+        if request.pid == 0 && process.is_some_and(|process| process.start_time == 0) {
+            return Err(Status::failed_precondition(
+                "the process of the finding had ended before it was examined, and another one may \
+                 have its pid now: name a pid on the host",
+            ));
+        }
         if is_of_process && process.is_none_or(|process| process.pid == 0) {
             return Err(Status::invalid_argument(
                 "the process is missing: name its pid on the host, or a finding that names it",
@@ -126,6 +132,15 @@ impl Service {
         let resumed = self
             .ask(|reply| ApiRequest::ResumeAnswers { rule, reason, requested_by, reply })
             .await?;
+        if let Some(last) = resumed.last() {
+            let container = last.container.clone();
+            self.wait_until_kept("the answers are carried out again", move |reader| {
+                let kept = reader.responses(&container)?;
+                let is_it = |one: &respond::Response| one.outcome.action == respond::RESUME_ANSWERS;
+                Ok(kept.last().is_some_and(is_it) || kept.iter().rev().take(8).any(is_it))
+            })
+            .await?;
+        }
         if let (Some(rule), true) = (named, resumed.is_empty()) {
             return Err(Status::not_found(format!(
                 "the answers of the rule `{}` are not stopped (see: driftd status)",

@@ -299,6 +299,9 @@ mod tests {
         let response = |number: i64| {
             Record::Response(Box::new(Response {
                 process: None,
+                pod: None,
+                image: None,
+                changed: true,
                 ticket: 0,
                 container: ContainerId::new("default", "web"),
                 incarnation: None,

@@ -52,7 +52,7 @@ impl Writing {
 
 /// Drops up to [`PRUNE_STEP`] records older than `retention`, with their findings and
 /// sessions, and up to as many probes. Returns how many records or probes, whichever are
-/// more. An open session stays.
+/// more. An open session stays, and so do the records by which rules are stopped.
 fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Result<usize> {
     let now = Timestamp::now().as_microsecond();
     let cutoff = now.saturating_sub(i64::try_from(retention.as_micros()).unwrap_or(i64::MAX));
@@ -62,6 +62,8 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
             "SELECT record.seq, record.type, record.finding, record.session FROM record
              LEFT JOIN session ON record.type = 'session' AND session.id = record.session
              WHERE record.at < ?1 AND (session.state IS NULL OR session.state = 'closed')
+                 AND (record.type <> 'response' OR record.json ->> '$.outcome.action'
+                      NOT IN ('stop-answers', 'resume-answers'))
              ORDER BY record.at LIMIT ?2",
         )?
         .query_map(params![cutoff, PRUNE_STEP as i64], |row| {

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use jiff::{SignedDuration, Timestamp};
+
 use super::code::{Used, is_images_own, is_reported_as_executed, used_group};
 use super::files::{copies, group};
 use super::group::{Candidate, Common, Group, is_run};
@@ -24,6 +26,12 @@ use crate::pipeline::evidence::Emission;
 use crate::pipeline::messages::Effect;
 use crate::pipeline::state::State;
 
+/// How soon a script runs the next package manager.
+const ONE_SCRIPT: SignedDuration = SignedDuration::from_mins(2);
+/// How long one run of a package manager may take, and how late it may be seen.
+const ONE_RUN: SignedDuration = SignedDuration::from_mins(10);
+const LEAD: SignedDuration = SignedDuration::from_secs(2);
+
 impl State {
     /// Emits a judgement as part of an aggregated finding, if it belongs into one. False if
     /// it needs a finding of its own.
@@ -33,7 +41,6 @@ impl State {
         effects: &mut Vec<Effect>,
     ) -> bool {
         let Emission { observation, judgement, evidence, .. } = *emission;
-        self.check_candidates(&observation.container);
         let Some(entry) = self.inventory.get(&observation.container) else { return true };
         let kind = judgement.kind;
         if is_run(kind) {
@@ -321,17 +328,25 @@ impl State {
         container: &ContainerId,
         process: &Arc<Process>,
         image: &ImageBaseline,
+        at: Timestamp,
     ) {
+        let (has_rules, generation) = (self.policy.has_rules(), self.policy.generation);
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let Some(installer) = Installer::of(process) else { return };
-        if installer.is_of_the_image(entry, image) {
+        if installer.is_of_the_image(process, entry, image) {
             let Entry { run, findings, writers, .. } = entry;
-            // What an exception accepts stands apart: the next one is decided on its own.
-            let is_reported = |first: &Process| {
+            // Rules decide about each work; what an exception accepts stands apart.
+            let continues = |first: &Process, is_same: bool| {
                 let finding = findings.get(&transaction_id(container, first));
-                finding.is_some_and(|finding| !finding.verdict.is_accept())
+                finding.is_some_and(|finding| {
+                    let verdict = &finding.verdict;
+                    let is_recent = at.duration_since(finding.last_seen) < ONE_SCRIPT;
+                    !verdict.is_accept()
+                        && (is_same || is_recent)
+                        && (!has_rules || is_same && verdict.policy_generation == generation)
+                })
             };
-            let first = writers.remember_package_manager(process, run.init, is_reported);
+            let first = writers.remember_package_manager(process, run.init, at, continues);
             if let Some(first) = first
                 && let Some(finding) = findings.get_mut(&transaction_id(container, &first))
             {
@@ -342,15 +357,26 @@ impl State {
         }
     }
 
-    /// Remembers the package managers whose programs are known by now to be copies of the
-    /// image's.
-    fn check_candidates(&mut self, container: &ContainerId) {
+    /// Notes what a process executes, and remembers the package managers whose programs are
+    /// known by now to be copies of the image's.
+    pub(in crate::pipeline) fn note_copy(&mut self, emission: &Emission<'_>) {
+        let Emission { observation, judgement, evidence, .. } = *emission;
+        let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
+        let is_script = matches!(judgement.kind, Kind::ExecScript | Kind::ExecInterpreted)
+            || evidence.state.is_some_and(|state| state.format == Format::Script);
+        let is_program = judgement.kind.is_exec() && !is_script;
+        if let Some(process) = evidence.process.filter(|_| is_program) {
+            let is_copy = judgement.kind == Kind::ExecRelocated
+                && judgement.severity <= judgement.kind.severity()
+                && !evidence.could_change().is_possible();
+            entry.writers.runs_copy(process.identity, is_copy);
+        }
         let candidates = entry.writers.take_candidates();
         let BaselineState::Ready(image) = &entry.baseline.state else { return };
         let image = image.clone();
         for process in candidates {
-            self.package_manager(container, &process, &image);
+            self.package_manager(container, &process, &image, observation.at);
         }
     }
 }
@@ -363,8 +389,16 @@ fn during(entry: &Entry, emission: &Emission<'_>) -> Option<FindingId> {
         return None;
     }
     let changed = evidence.changed?;
-    let is_during =
-        |finding: &&Finding| (finding.first_seen..=finding.last_seen).contains(&changed);
+    // A transaction may go on for weeks, and its package managers run for minutes.
+    let is_during = |finding: &&Finding| {
+        let mut began = finding.process.iter().flat_map(|first| entry.writers.began(first));
+        changed <= finding.last_seen
+            && began.any(|began| {
+                let end = began.saturating_add(ONE_RUN).unwrap_or(Timestamp::MAX);
+                let begin = began.saturating_sub(LEAD).unwrap_or(Timestamp::MIN);
+                (begin..=end).contains(&changed)
+            })
+    };
     let is_transaction = |finding: &&Finding| finding.kind == Kind::PackageTransaction;
     let mut transactions = entry.findings.iter().filter(is_transaction);
     transactions.find(is_during).map(|finding| finding.id)

@@ -41,8 +41,7 @@ pub(in crate::pipeline) enum Common {
     Loaded { process: ProcessIdentity, severity: Severity },
     /// Generated names of one pattern, and the program that runs them.
     Pattern { pattern: Vec<u8>, by: Option<String>, severity: Severity },
-    /// A program that manages accounts has written them; this process, or one that it has
-    /// started.
+    /// A program that manages accounts has written them.
     Accounts { process: ProcessIdentity },
     /// They have this severity.
     Severity(Severity),
@@ -100,7 +99,7 @@ impl Common {
             Common::Pattern { pattern, .. } => {
                 format!("generated names, like {}", printable(pattern))
             }
-            Common::Accounts { .. } => "accounts, changed by one command or one script".to_owned(),
+            Common::Accounts { .. } => "accounts, changed by one command".to_owned(),
             Common::Accepted(rule) => {
                 format!("accepted by the rule {rule}: what else it accepts is counted here")
             }

@@ -1,7 +1,7 @@
 //! Package managers and other tools of the image that write many files: what they write and
 //! run, and which files make a process a package manager. Pure.
 
-use super::group::{Candidate, Common, Group, is_run};
+use super::group::{Candidate, Common, Group};
 use crate::baseline::{ImageBaseline, KnownBaseline};
 use crate::detect;
 use crate::inventory::{Aspect, Entry};
@@ -26,8 +26,7 @@ pub(super) fn installed(kind: Kind, transaction: FindingId, severity: Severity) 
     Group { kind, place: None, content: None, common }
 }
 
-/// The group of the files that one command, or the commands of one script, change when they
-/// change accounts.
+/// The group of the files that one command changes when it changes accounts.
 pub(super) fn accounts(
     entry: &Entry,
     image: &ImageBaseline,
@@ -39,24 +38,14 @@ pub(super) fn accounts(
     let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
     let exe = process.exe.as_deref()?;
     let called = programs::called_as(exe, process.argv.as_deref());
-    let is_images = |exe: &str| {
-        RootfsPath::new(exe).is_ok_and(|program| {
-            detect::is_program_of(image, &program)
-                && entry.findings.about(&program).next().is_none()
-        })
-    };
-    // A script runs several such programs for one account.
-    let script = process.ancestors.first().filter(|parent| {
-        process.tty.is_none()
-            && parent.identity.start_time > 0
-            && parent.exe.as_deref().is_some_and(is_images)
-    });
-    let by = script.map_or(process.identity, |parent| parent.identity);
-    (is_images(exe) && programs::changes_accounts(called.as_bytes())).then_some(Group {
+    let program = RootfsPath::new(exe).ok()?;
+    let is_images =
+        detect::is_program_of(image, &program) && entry.findings.about(&program).next().is_none();
+    (is_images && programs::changes_accounts(called.as_bytes())).then_some(Group {
         kind: file.kind,
         place: None,
         content: None,
-        common: Some(Common::Accounts { process: by }),
+        common: Some(Common::Accounts { process: process.identity }),
     })
 }
 
@@ -131,13 +120,20 @@ impl Installer {
         Some(Installer { program: RootfsPath::new(exe).ok()?, script, is_interpreted })
     }
 
-    /// Whether it is the image's own. An interpreter may also be a plain copy of the image's,
+    /// Whether it is the image's own. An interpreter may also be a plain copy of the image's, if
+    /// this very process was seen to run it,
     /// and a script one that a package manager has brought: an environment of Python has both.
     /// A process that can replace such a script can as well have the image's own package
     /// manager run the same code.
-    pub(super) fn is_of_the_image(&self, entry: &Entry, image: &ImageBaseline) -> bool {
+    pub(super) fn is_of_the_image(
+        &self,
+        process: &Process,
+        entry: &Entry,
+        image: &ImageBaseline,
+    ) -> bool {
         let Installer { program, script, is_interpreted } = self;
-        (is_untouched(entry, image, program) || *is_interpreted && is_plain_copy(entry, program))
+        let is_copy = || *is_interpreted && entry.writers.is_copy(process.identity);
+        (is_untouched(entry, image, program) || is_copy())
             && script.as_ref().is_none_or(|script| {
                 is_untouched(entry, image, script) || is_brought(entry, script)
             })
@@ -165,19 +161,6 @@ pub(super) fn add_command(finding: &mut Finding, process: &Process) {
     } else if !detail.ends_with('…') && !detail.contains(&command) {
         *detail += " …";
     }
-}
-
-/// Whether all that was run at this path has the image's content under a plain name.
-fn is_plain_copy(entry: &Entry, path: &RootfsPath) -> bool {
-    let runs = Kind::ALL.iter().filter(|kind| is_run(**kind));
-    let counted = runs.filter_map(|kind| entry.members.of(Aspect::of(*kind), path));
-    let counted = counted.filter_map(|(id, _)| entry.findings.get(&id));
-    let mut runs = counted.chain(entry.findings.about(path)).filter(|one| is_run(one.kind));
-    let is_copy = |finding: &Finding| {
-        let severity = finding.verdict.unchanged_severity.unwrap_or(finding.severity);
-        finding.kind == Kind::ExecRelocated && severity <= finding.kind.severity()
-    };
-    runs.next().is_some_and(is_copy) && runs.all(is_copy)
 }
 
 /// Whether a package manager has brought the file at this path.

@@ -574,9 +574,73 @@ fn answers_are_carried_out_from_the_weakest_to_the_strongest_and_a_pause_again_a
     let request = node.requests.pop().unwrap();
     assert!(node.requests.is_empty(), "it is being paused");
     node.give(became(&request, true, false));
-    // A user resumes it, and it goes on.
+    // What happened before it was frozen is reported afterwards.
     node.play("exec c1 /tmp/z third");
+    assert_eq!(asked(&mut node), [""; 0]);
+    // A user resumes it, and it goes on.
+    let resume = ResponseRequest { action: Action::Resume, ..request };
+    node.give(became(&resume, true, false));
+    node.play("exec c1 /tmp/z fourth");
     assert_eq!(asked(&mut node), ["pause c1"]);
+}
+
+#[test]
+fn a_rule_that_is_stopped_silences_no_other_rule() {
+    let broad = rule("a-broad", "\"kill\"", "kind = [\"exec.*\"]");
+    let narrow = rule("b-narrow", "\"kill\"", "path = [\"/tmp/miner\"]");
+    let mut node = answering(&(broad + &narrow));
+    for container in ["c1", "c2", "c3", "c4"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+    }
+    assert_eq!(asked(&mut node), ["kill c1", "kill c2", "kill c3"]);
+    // In a container in which the stopped rule was refused, and in another one.
+    node.play("exec c4 /tmp/miner miner\nexec c5 /tmp/miner miner");
+    let kills: Vec<String> = node.requests.iter().map(|one| one.requested_by.clone()).collect();
+    assert_eq!(kills, ["rule b-narrow"; 2]);
+    let verdict = &node.findings.last().unwrap().verdict;
+    assert_eq!(verdict.answers.len(), 2, "{verdict:?}");
+}
+
+#[test]
+fn what_has_done_nothing_stops_no_rule_and_that_others_wait_is_no_failure() {
+    let mut node = answering(&rule("p", "\"kill-process\"", "kind = [\"exec.new\"]"));
+    for container in ["c1", "c2", "c3", "c4", "c5"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+        let request = node.requests.pop().expect("each is asked for");
+        node.give(became(&request, false, true));
+    }
+    assert_eq!(node.state.status().stopped_rules, []);
+    let mut fact = exec(at("/tmp/y"), "other");
+    if let Fact::File(FileFact::Executed { process: runner, .. }) = &mut fact {
+        *runner = Arc::new(process(77));
+    }
+    node.see(Source::Gate, fact);
+    for _ in 0..20 {
+        let Some(request) = node.requests.pop() else { break };
+        let Input::Response(response) = became(&request, false, false) else { unreachable!() };
+        let outcome = model::Outcome { message: TOO_MANY.to_owned(), ..response.outcome };
+        node.give(Input::Response(Response { outcome, ..response }));
+        node.wait(2);
+    }
+    assert_eq!(node.requests.len(), 1, "it is asked for again within a second, each time");
+}
+
+#[test]
+fn after_a_restart_the_containers_of_one_pod_count_as_one() {
+    let text = rule("r", "\"kill\"", "kind = [\"exec.*\"]");
+    let mut node = answering(&text);
+    let mut kept = Vec::new();
+    for container in ["c1", "c2", "c3"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+        let request = node.requests.pop().unwrap();
+        let Input::Response(response) = became(&request, true, false) else { unreachable!() };
+        kept.push(Response { pod: Some("shop/web-0".into()), ..response });
+    }
+    let mut restarted = answering(&text);
+    restarted.clock = node.clock;
+    restarted.state.remember_answers(kept);
+    restarted.play("exec c4 /tmp/x evil");
+    assert_eq!(asked(&mut restarted), ["kill c4"]);
 }
 
 #[test]

@@ -11,7 +11,7 @@ fn h12_each_client_gets_its_own_reply_when_many_requests_are_refused_at_once() {
     let mut refused = VecDeque::from(std::mem::take(&mut node.requests));
     let mut kept = Vec::new();
     let mut carry = |effect| match effect {
-        Effect::Respond(request) => Carried::Back(request),
+        Effect::Respond(request) => Carried::Back(Box::new(request)),
         Effect::Record(Record::Response(response)) => {
             kept.push(response.requested_at);
             Carried::Out

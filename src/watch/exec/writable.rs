@@ -30,7 +30,7 @@ use crate::sys::file::Stat;
 use crate::sys::handle::FileHandle;
 use crate::sys::lease;
 use crate::watch::core::watched::Watched;
-use crate::watch::files::closings::{Executed, Reported, Writers};
+use crate::watch::files::closings::{Executed, Position, Reported, Writers};
 use crate::watch::files::shared::Files;
 use crate::watch::files::upper;
 
@@ -41,6 +41,8 @@ pub(crate) struct WriterCheck {
     had_writer: bool,
     /// The kernel's report of this execution.
     reported: Option<Reported>,
+    /// Up to where the closings were read when it was checked first.
+    seen: Option<Position>,
     is_own: bool,
     upper: Option<Upper>,
     pid: u32,
@@ -75,6 +77,7 @@ impl WriterCheck {
         if let (Ok(has_writer), writers) = (has_writer, check.writers(shared)) {
             check.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
             check.reported = writers.and_then(|writers| writers.reported);
+            check.seen = writers.map(|writers| writers.seen);
         }
         check
     }
@@ -82,7 +85,7 @@ impl WriterCheck {
     fn writers(&self, shared: &Files) -> Option<Writers> {
         let Upper { file, marked, .. } = self.upper.as_ref()?;
         let (pid, asked, reported) = (self.pid, self.asked?, self.reported);
-        let executed = Executed { file, marked, pid, asked, reported };
+        let executed = Executed { file, marked, pid, asked, reported, since: self.seen };
         Some(shared.closings.writers(&executed))
     }
 
@@ -111,7 +114,7 @@ impl WriterCheck {
             };
             let writers = self.writers(shared)?;
             let none_since = writers.reported.is_some() && writers.none_since;
-            Some(match (has_writer.ok()?, none_since) {
+            Some(match (has_writer.ok()? || writers.has_gone, none_since) {
                 (true, _) => CouldChange::HadWriter,
                 (false, true) => CouldChange::No,
                 (false, false) => CouldChange::Unproven,
@@ -145,7 +148,7 @@ impl Upper {
         let directory = upper::listen_near(shared, watched, path)?;
         let file = FileHandle::of(&fd).ok()?;
         if stat.links > 1 {
-            shared.closings.listen_to_file(file.clone(), &fd);
+            shared.closings.listen_to_file(&watched.container, file.clone(), &fd);
         }
         // It may have had several names before, and get some again while it runs.
         let is_marked = shared.closings.listens_to(&file);

@@ -17,6 +17,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::model::ContainerId;
 use crate::sys::closings::{self, Happened, READ_BYTES};
 use crate::sys::handle::FileHandle;
 use crate::sys::perf;
@@ -25,6 +26,11 @@ use crate::watch::core::shared::Core;
 /// Files and directories that are remembered. Beyond that all are forgotten, and earlier
 /// events count as unknown.
 const MOST: usize = 64 * 1024;
+
+/// Files with several names that are listened to, of one container and of all. Each pins an
+/// inode until the file is removed.
+const MOST_FILES: usize = 256;
+const MOST_FILES_OF_ALL: usize = 8 * 1024;
 
 /// How many reads of the queue are remembered with their time.
 const READINGS: usize = 256;
@@ -36,7 +42,7 @@ const MANY: u64 = 16;
 const REST: Duration = Duration::from_millis(2);
 
 /// A place in the kernel's queue.
-type Position = u64;
+pub(crate) type Position = u64;
 
 #[derive(Debug)]
 pub(crate) struct Closings {
@@ -54,6 +60,8 @@ struct Log {
     /// Since when a directory, or a file with several names, is marked, by the clock of the
     /// kernel's records.
     marked: HashMap<FileHandle, u64>,
+    /// The marked files, by container. Their marks end with the files.
+    files: HashMap<ContainerId, Vec<FileHandle>>,
     /// When the queue was read to its end, and how far that was.
     readings: VecDeque<(u64, Position)>,
     /// Events up to this position are unknown.
@@ -72,6 +80,8 @@ pub(crate) struct Executed<'a> {
     pub(crate) asked: u64,
     /// The kernel's report of the execution, if it was taken before.
     pub(crate) reported: Option<Reported>,
+    /// What was read when it was asked first: the file is listened to since.
+    pub(crate) since: Option<Position>,
 }
 
 /// The kernel's report of one execution.
@@ -87,6 +97,8 @@ pub(crate) struct Writers {
     pub(crate) none_since: bool,
     /// The kernel reported the execution. Without that event, nothing is known of it.
     pub(crate) reported: Option<Reported>,
+    /// What was read by now.
+    pub(crate) seen: Position,
 }
 
 impl Closings {
@@ -117,9 +129,32 @@ impl Closings {
     }
 
     /// Listens to an open file from now on: with several names, it can be written to by way of
-    /// a directory that is not marked.
-    pub(crate) fn listen_to_file(&self, handle: FileHandle, file: &OwnedFd) {
+    /// a directory that is not marked. A container has room for some; nothing is proven of the
+    /// others.
+    pub(crate) fn listen_to_file(
+        &self,
+        container: &ContainerId,
+        handle: FileHandle,
+        file: &OwnedFd,
+    ) {
+        {
+            let files = &mut self.log().files;
+            let all: usize = files.values().map(Vec::len).sum();
+            let own = files.entry(container.clone()).or_default();
+            if own.contains(&handle) || own.len() >= MOST_FILES || all >= MOST_FILES_OF_ALL {
+                return;
+            }
+            own.push(handle.clone());
+        }
         self.mark(handle, |group| group.mark_file(file.as_fd()));
+    }
+
+    /// Forgets the files of a container that has ended.
+    pub(crate) fn forget_files(&self, container: &ContainerId) {
+        let mut log = self.log();
+        for handle in log.files.remove(container).unwrap_or_default() {
+            log.marked.remove(&handle);
+        }
     }
 
     /// Whether it listens to this file or directory.
@@ -237,7 +272,7 @@ impl Log {
     }
 
     fn writers(&mut self, executed: &Executed<'_>) -> Writers {
-        let Executed { file, marked, pid, asked, reported } = *executed;
+        let Executed { file, marked, pid, asked, reported, since } = *executed;
         let closed = self.closed.get(file).copied().unwrap_or(0);
         // Removed: its process may execute it again.
         let newest = self.executed.remove(&(file.clone(), pid)).map(Reported);
@@ -247,11 +282,17 @@ impl Log {
         let was_marked = self.marked.get(marked).is_some_and(|since| *since <= asked);
         // After its report, or after all that was read before the gate was asked.
         let none_after = |position: Position| closed <= position && self.forgotten <= position;
+        // The directory reports what is executed by its name. A file with several names must
+        // have been marked itself.
+        let is_observed = was_marked || marked != file;
         Writers {
             reported,
-            has_gone: reported.is_some_and(|Reported(execution)| closed > execution),
-            none_since: reported.is_some_and(|Reported(execution)| none_after(execution))
+            has_gone: reported.is_some_and(|Reported(execution)| closed > execution)
+                || since.is_some_and(|since| closed > since),
+            none_since: reported
+                .is_some_and(|Reported(execution)| is_observed && none_after(execution))
                 || was_marked && before.is_some_and(|(_, before)| none_after(*before)),
+            seen: self.last,
         }
     }
 }
@@ -288,7 +329,7 @@ mod tests {
             }
         }
         let (file, marked) = (&handle("f"), &handle("d"));
-        let executed = Executed { file, marked, pid: 7, asked, reported: None };
+        let executed = Executed { file, marked, pid: 7, asked, reported: None, since: None };
         let writers = log.writers(&executed);
         // What is known does not change by asking.
         let again = Executed { reported: writers.reported, ..executed };

@@ -193,6 +193,7 @@ impl Files {
     pub(crate) fn forget(&self, watched: &Arc<Watched>) {
         self.table.remove(watched);
         self.names.forget(watched);
+        self.closings.forget_files(&watched.container);
         self.roots().forget(&watched.container);
     }
 }
