@@ -128,7 +128,7 @@ endef
 
 $(CURDIR)/target/against/$(RELEASED)/driftd: ; $(call build-older,$(RELEASED),$(@D))
 
-corpus: setup $(ENGINES)/corpus.tar $(CURDIR)/target/against/$(RELEASED)/driftd ## twelve kinds of ordinary work, and what 0.1.0 and this tree report of them (as root, 40 minutes)
+corpus: setup $(ENGINES)/corpus.tar $(CURDIR)/target/against/$(RELEASED)/driftd ## twelve kinds of ordinary work, and what 0.1.0 and this tree report of them (as root, 75 minutes)
 	$(CARGO) build --locked --release --bin driftd
 	DRIFTD_PROGRAM=$(CURDIR)/target/release/driftd CORPUS_IMAGE=$(ENGINES)/corpus.tar \
 		CORPUS_AGAINST=$(CURDIR)/target/against/$(RELEASED)/driftd \
