@@ -39,7 +39,7 @@ impl Reader {
             let failed = Error::sql("read", &self.path);
             let mut query = connection
                 .prepare_cached(
-                    "SELECT CAST(seq AS TEXT), json FROM record INDEXED BY record_of_response
+                    "SELECT CAST(seq AS TEXT), json FROM record
                      WHERE type = 'response'
                          AND (at >= ?1 OR json ->> '$.outcome.action' IN (?2, ?3))
                      ORDER BY seq",
