@@ -209,8 +209,8 @@ pub(super) async fn fetch(
     page(found.findings, found.next_page_token, convert::finding_from_proto)
 }
 
-/// Pages of findings, of which the next one is requested before the last one is used: the daemon
-/// reads while the client parses.
+/// Lists findings page by page. It requests the next page before it returns the last one, so
+/// the daemon reads while the client parses.
 pub(super) struct Ahead {
     client: Client,
     filter: proto::FindingFilter,

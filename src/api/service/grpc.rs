@@ -199,8 +199,7 @@ impl DriftService for Service {
         &self,
         request: Request<proto::RespondRequest>,
     ) -> Reply<proto::RespondResponse> {
-        let client = request.extensions().get::<Peer>().map(ToString::to_string);
-        let client = client.ok_or_else(|| Status::permission_denied("the client is not known"))?;
+        let client = client_of(&request)?;
         self.carry_out(request.into_inner(), client).await.map(Response::new)
     }
 
@@ -208,8 +207,12 @@ impl DriftService for Service {
         &self,
         request: Request<proto::ResumeAnswersRequest>,
     ) -> Reply<proto::ResumeAnswersResponse> {
-        let client = request.extensions().get::<Peer>().map(ToString::to_string);
-        let client = client.ok_or_else(|| Status::permission_denied("the client is not known"))?;
+        let client = client_of(&request)?;
         self.resume_answers(request.into_inner(), client).await.map(Response::new)
     }
+}
+
+fn client_of<T>(request: &Request<T>) -> Result<String, Status> {
+    let client = request.extensions().get::<Peer>().map(ToString::to_string);
+    client.ok_or_else(|| Status::permission_denied("the client is not known"))
 }

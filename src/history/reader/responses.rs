@@ -3,7 +3,7 @@
 //! Only reads what was recorded about them. `respond` carries responses out.
 
 use jiff::Timestamp;
-use rusqlite::params;
+use rusqlite::{Rows, params};
 
 use super::connection::Reader;
 use crate::history::error::Error;
@@ -22,13 +22,8 @@ impl Reader {
                      WHERE type = 'response' AND container = ? AND namespace = ? ORDER BY seq",
                 )
                 .map_err(&failed)?;
-            let mut rows =
-                query.query(params![&*container.id, &*container.namespace]).map_err(&failed)?;
-            let mut responses = Vec::new();
-            while let Some(row) = rows.next().map_err(&failed)? {
-                responses.push(json::kept(row, 0, 1, &self.path)?);
-            }
-            Ok(responses)
+            let parameters = params![&*container.id, &*container.namespace];
+            self.all_kept(query.query(parameters).map_err(&failed)?)
         })
     }
 
@@ -46,13 +41,16 @@ impl Reader {
                 )
                 .map_err(&failed)?;
             let parameters = params![since.as_microsecond(), STOP_ANSWERS, RESUME_ANSWERS];
-            let mut rows = query.query(parameters).map_err(&failed)?;
-            let mut responses = Vec::new();
-            while let Some(row) = rows.next().map_err(&failed)? {
-                responses.push(json::kept(row, 0, 1, &self.path)?);
-            }
-            Ok(responses)
+            self.all_kept(query.query(parameters).map_err(&failed)?)
         })
+    }
+
+    fn all_kept(&self, mut rows: Rows<'_>) -> Result<Vec<Response>, Error> {
+        let mut responses = Vec::new();
+        while let Some(row) = rows.next().map_err(Error::sql("read", &self.path))? {
+            responses.push(json::kept(row, 0, 1, &self.path)?);
+        }
+        Ok(responses)
     }
 
     /// The last response to a container that is a kill which succeeded, or the report that

@@ -121,8 +121,8 @@ impl Installer {
     }
 
     /// Whether it is the image's own. An interpreter may also be a plain copy of the image's, if
-    /// this very process was seen to run it,
-    /// and a script one that a package manager has brought: an environment of Python has both.
+    /// this very process was seen to run it, and a script may be one that a package manager has
+    /// brought: an environment of Python has both.
     /// A process that can replace such a script can as well have the image's own package
     /// manager run the same code.
     pub(super) fn is_of_the_image(
@@ -156,9 +156,12 @@ pub(super) fn add_command(finding: &mut Finding, process: &Process) {
     };
     let detail = finding.detail.get_or_insert_with(|| "one after the other with:".to_owned());
     let command = format!(" `{}`", argv.join(" "));
-    if detail.len() + command.len() <= MOST_COMMANDS && !detail.contains(&command) {
+    if detail.contains(&command) {
+        return;
+    }
+    if detail.len() + command.len() <= MOST_COMMANDS {
         *detail += &command;
-    } else if !detail.ends_with('…') && !detail.contains(&command) {
+    } else if !detail.ends_with('…') {
         *detail += " …";
     }
 }
