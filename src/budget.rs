@@ -469,6 +469,7 @@ mod tests {
             identity: crate::model::ProcessIdentity { pid: 1, start_time: 1 },
             exe: None,
             argv: argv(128, 4096),
+            is_proven_inside: false,
         };
         let whole = Process {
             identity: ancestor.identity,

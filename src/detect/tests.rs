@@ -399,7 +399,12 @@ fn check_extracted(path: &str, loads: &str, parent: &str, wrote: &str, expected:
         exe: exe(text),
         ..(*self::process()).clone()
     };
-    let parent = Ancestor { identity: identity(parent), exe: exe(parent), argv: None };
+    let parent = Ancestor {
+        identity: identity(parent),
+        exe: exe(parent),
+        argv: None,
+        is_proven_inside: false,
+    };
     let loads = Process { ancestors: vec![parent], ..process(loads) };
     let image = ImageBaseline::from_text(&[IMAGE]);
     let path = RootfsPath::new(path).unwrap();

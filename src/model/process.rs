@@ -57,6 +57,10 @@ pub struct Ancestor {
     pub exe: Option<String>,
     #[serde(flatten, with = "super::text::argv")]
     pub argv: Option<Vec<String>>,
+    /// The kernel's records prove that it belongs to the container. False where they do not, or
+    /// were not asked. Only decisions need it, so it is not kept.
+    #[serde(skip)]
+    pub is_proven_inside: bool,
 }
 
 impl Process {

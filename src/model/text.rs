@@ -134,6 +134,7 @@ mod tests {
             identity: ProcessIdentity { pid: 7, start_time: 8 },
             exe: Some(printable(exe)),
             argv: Some(argv.iter().map(|argument| printable(argument)).collect()),
+            is_proven_inside: false,
         }
     }
 

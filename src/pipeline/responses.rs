@@ -162,7 +162,8 @@ impl State {
                 )
             }
         };
-        let response = self.request_of(container, answering, now).failed(message);
+        let ticket = self.ticket();
+        let response = self.request_of(container, answering, ticket, now).failed(message);
         let entry = self.inventory.get_mut(container);
         let finding = entry.and_then(|entry| entry.findings.get_mut(&answering.finding));
         if let Some(finding) = finding {
@@ -242,15 +243,16 @@ impl State {
     }
 
     fn request_of(
-        &mut self,
+        &self,
         container: &ContainerId,
         answering: &Answering,
+        ticket: u64,
         now: Timestamp,
     ) -> ResponseRequest {
         let entry = self.inventory.get(container);
         let (pod, image) = entry.map(workload_of).unwrap_or_default();
         ResponseRequest {
-            ticket: self.ticket(),
+            ticket,
             container: container.clone(),
             pod,
             image,
@@ -273,15 +275,13 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
-        let is_it = |one: &&mut Answering| one.number == number;
+        let ticket = self.ticket();
         let entry = self.inventory.get_mut(container);
-        let known = entry.and_then(|entry| entry.run.answers_mut().find(is_it));
-        let Some(answering) = known.map(|known| known.clone()) else { return };
-        let request = self.request_of(container, &answering, now);
-        let entry = self.inventory.get_mut(container);
-        if let Some(known) = entry.and_then(|entry| entry.run.answers_mut().find(is_it)) {
-            (known.ticket, known.due) = (Some(request.ticket), None);
-        }
+        let known = entry.and_then(|entry| entry.run.answers_mut().find(|it| it.number == number));
+        let Some(known) = known else { return };
+        (known.ticket, known.due) = (Some(ticket), None);
+        let answering = known.clone();
+        let request = self.request_of(container, &answering, ticket, now);
         self.request_response(request, None, effects);
     }
 

@@ -547,6 +547,7 @@ fn process(pid: u32) -> Process {
             identity: ProcessIdentity { pid: 100, start_time: 1 },
             exe: None,
             argv: None,
+            is_proven_inside: false,
         }],
     }
 }
@@ -613,6 +614,7 @@ fn descendant(pid: u32, ancestors: &[u32]) -> Arc<Process> {
         identity: ProcessIdentity { pid: *pid, start_time: 1 },
         exe: None,
         argv: None,
+        is_proven_inside: false,
     };
     Arc::new(Process { ancestors: ancestors.iter().map(named).collect(), ..process(pid) })
 }

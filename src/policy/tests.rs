@@ -668,6 +668,7 @@ mod suggestions {
             identity: identity(pid),
             exe: Some(exe.to_owned()),
             argv: None,
+            is_proven_inside: false,
         });
         Process {
             identity: identity(pid),

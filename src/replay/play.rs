@@ -569,6 +569,7 @@ fn outside() -> Ancestor {
         identity: identity(1),
         exe: Some("/usr/bin/containerd-shim-runc-v2".into()),
         argv: None,
+        is_proven_inside: false,
     }
 }
 
@@ -577,8 +578,9 @@ fn process(pid: u32, exe: &str, parent: Option<&str>, init: ProcessIdentity) -> 
         identity: identity(WRITER),
         exe: Some(exe.into()),
         argv: None,
+        is_proven_inside: false,
     });
-    let init = Ancestor { identity: init, exe: None, argv: None };
+    let init = Ancestor { identity: init, exe: None, argv: None, is_proven_inside: false };
     Process {
         identity: identity(pid),
         exe: Some(exe.into()),
@@ -611,7 +613,12 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
     let by = by.as_deref();
     let mut runner = process(pid.unwrap_or(RUNNER), path.to_string().as_str(), by, init);
     if let Some(session) = step.session {
-        let root = Ancestor { identity: identity(session), exe: None, argv: None };
+        let root = Ancestor {
+            identity: identity(session),
+            exe: None,
+            argv: None,
+            is_proven_inside: false,
+        };
         runner.ancestors = vec![root, outside()];
     }
     runner.uid = step.user.or(runner.uid);

@@ -53,5 +53,6 @@ pub(super) fn ancestor_from_proto(ancestor: proto::Ancestor) -> Ancestor {
         identity: ProcessIdentity { pid: ancestor.pid, start_time: ancestor.start_time },
         exe: ancestor.exe,
         argv: ancestor.argv.map(|argv| argv.values),
+        is_proven_inside: false,
     }
 }

@@ -10,6 +10,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::writing::Writing;
 use crate::health::Failure;
+use crate::respond::{RESUME_ANSWERS, STOP_ANSWERS};
 
 /// Most records that one transaction prunes, so that new records never wait long behind it.
 const PRUNE_STEP: usize = 500;
@@ -63,10 +64,10 @@ fn prune_step(connection: &mut Connection, retention: Duration) -> rusqlite::Res
              LEFT JOIN session ON record.type = 'session' AND session.id = record.session
              WHERE record.at < ?1 AND (session.state IS NULL OR session.state = 'closed')
                  AND (record.type <> 'response' OR record.json ->> '$.outcome.action'
-                      NOT IN ('stop-answers', 'resume-answers'))
+                      NOT IN (?3, ?4))
              ORDER BY record.at LIMIT ?2",
         )?
-        .query_map(params![cutoff, PRUNE_STEP as i64], |row| {
+        .query_map(params![cutoff, PRUNE_STEP as i64, STOP_ANSWERS, RESUME_ANSWERS], |row| {
             Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
         })?
         .collect::<rusqlite::Result<_>>()?;

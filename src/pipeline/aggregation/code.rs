@@ -3,9 +3,8 @@
 //! in `files`.
 
 use super::group::{Candidate, Common, Group, is_run};
-use super::packages::transaction_id;
+use super::packages::{is_images_own, transaction_id};
 use crate::baseline::ImageBaseline;
-use crate::detect;
 use crate::inventory::{Aspect, Entry, Reported, Unpacking};
 use crate::model::{
     Ancestor, Blake3Hash, ContainerId, CouldChange, FindingId, Kind, Process, ProcessIdentity,
@@ -153,13 +152,6 @@ fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<
     above(writer)
 }
 
-/// Whether the program at this path is the image's, and nothing was reported of it.
-pub(super) fn is_images_own(entry: &Entry, image: &ImageBaseline, exe: &str) -> bool {
-    RootfsPath::new(exe).is_ok_and(|file| {
-        detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none()
-    })
-}
-
 /// Whether a process belongs to the tree of processes that has run the writer: it is above the
 /// writer, or both descend from one process of the container. A process outside has started the
 /// container, or has come in: it is no common origin.
@@ -181,7 +173,10 @@ fn inside(ancestors: &[Ancestor], init: ProcessIdentity) -> &[Ancestor] {
     let is_recorded = |ancestor: &Ancestor| ancestor.identity.start_time == 0;
     match ancestors.iter().position(|ancestor| ancestor.identity.may_be(init)) {
         Some(at) => &ancestors[..=at],
-        None if ancestors.iter().any(is_recorded) => &[],
+        None if ancestors.iter().any(is_recorded) => {
+            let proven = ancestors.iter().take_while(|ancestor| ancestor.is_proven_inside);
+            &ancestors[..proven.count()]
+        }
         None => ancestors.split_last().map_or(&[], |(_, inside)| inside),
     }
 }

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::code::{Used, is_images_own, is_reported_as_executed, used_group};
+use super::code::{Used, is_reported_as_executed, used_group};
 use super::files::{copies, group};
 use super::group::{Candidate, Common, Group, is_run};
 use super::packages::{
-    Installer, accounts, add_command, installed, is_maintainer_script, is_run_by_manager,
-    is_site_hook, transaction_id,
+    Installer, accounts, add_command, installed, is_images_own, is_maintainer_script,
+    is_run_by_manager, is_site_hook, transaction_id,
 };
 use super::put::{MemberFile, Target};
 use crate::baseline::ImageBaseline;
@@ -352,7 +352,7 @@ impl State {
             {
                 add_command(finding, process);
             }
-        } else if installer.may_be_a_copy() {
+        } else if installer.is_interpreted {
             entry.writers.remember_candidate(process.clone());
         }
     }
@@ -374,6 +374,9 @@ impl State {
         }
         let candidates = entry.writers.take_candidates();
         let BaselineState::Ready(image) = &entry.baseline.state else { return };
+        if candidates.is_empty() {
+            return;
+        }
         let image = image.clone();
         for process in candidates {
             self.package_manager(container, &process, &image, observation.at);

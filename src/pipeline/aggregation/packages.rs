@@ -38,14 +38,19 @@ pub(super) fn accounts(
     let process = process.filter(|one| is_one && one.identity.start_time > 0)?;
     let exe = process.exe.as_deref()?;
     let called = programs::called_as(exe, process.argv.as_deref());
-    let program = RootfsPath::new(exe).ok()?;
-    let is_images =
-        detect::is_program_of(image, &program) && entry.findings.about(&program).next().is_none();
+    let is_images = is_images_own(entry, image, exe);
     (is_images && programs::changes_accounts(called.as_bytes())).then_some(Group {
         kind: file.kind,
         place: None,
         content: None,
         common: Some(Common::Accounts { process: process.identity }),
+    })
+}
+
+/// Whether the program at this path is the image's, and nothing was reported of it.
+pub(super) fn is_images_own(entry: &Entry, image: &ImageBaseline, exe: &str) -> bool {
+    RootfsPath::new(exe).is_ok_and(|file| {
+        detect::is_program_of(image, &file) && entry.findings.about(&file).next().is_none()
     })
 }
 
@@ -102,7 +107,8 @@ pub(super) struct Installer {
     program: RootfsPath,
     /// The script that the program interprets, which is the package manager.
     script: Option<RootfsPath>,
-    is_interpreted: bool,
+    /// Its program may be found to be a copy of the image's once it has been read.
+    pub(super) is_interpreted: bool,
 }
 
 impl Installer {
@@ -137,11 +143,6 @@ impl Installer {
             && script.as_ref().is_none_or(|script| {
                 is_untouched(entry, image, script) || is_brought(entry, script)
             })
-    }
-
-    /// Whether its program may be found to be a copy of the image's once it has been read.
-    pub(super) fn may_be_a_copy(&self) -> bool {
-        self.is_interpreted
     }
 }
 

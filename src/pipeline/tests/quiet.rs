@@ -8,6 +8,7 @@ fn program(pid: u32, exe: &str, ancestors: &[(u32, &str)]) -> Process {
         identity: ProcessIdentity { pid: *pid, start_time: 1 },
         exe: Some((*exe).to_owned()),
         argv: None,
+        is_proven_inside: false,
     };
     Process {
         exe: Some(exe.to_owned()),
@@ -283,6 +284,10 @@ fn w08_one_tree_is_known_although_records_end_early_and_what_is_outside_is_no_co
         process.ancestors.iter_mut().for_each(|one| one.identity.start_time = 0);
         process
     };
+    let proven = |mut process: Process, number: usize| {
+        process.ancestors[..number].iter_mut().for_each(|one| one.is_proven_inside = true);
+        process
+    };
     let linker = |above| program(61, "/usr/bin/ld", above);
     let runs = |pid, above| program(pid, "/bin/busybox", above);
     for (path, process, writer) in [
@@ -293,10 +298,16 @@ fn w08_one_tree_is_known_although_records_end_early_and_what_is_outside_is_no_co
         ("/src/ac", recorded(runs(202, &all)), recorded(linker(&all))),
         // The parents of the process are unknown, and it is above the writer.
         ("/src/ad", runs(60, &[]), recorded(linker(&all[..1]))),
+        // Both end early, and the records prove that they are inside until then.
+        (
+            "/src/ae",
+            proven(recorded(runs(203, &all[..1])), 1),
+            proven(recorded(linker(&all[..1])), 1),
+        ),
     ] {
         node.see(Source::Gate, run(path, path, process, Some(writer)));
     }
-    assert_eq!(node.lines(), ["exec.new medium /src/aa 4 4"]);
+    assert_eq!(node.lines(), ["exec.new medium /src/aa 5 5"]);
     // Processes that came in from outside, and nothing but that in common with the build.
     let session = [(300, "/bin/sh"), (100, "/usr/bin/shim"), (101, "/usr/bin/containerd")];
     for (path, process, writer) in [
@@ -304,11 +315,13 @@ fn w08_one_tree_is_known_although_records_end_early_and_what_is_outside_is_no_co
         ("/src/bb", recorded(runs(302, &session)), linker(&all[..3])),
         ("/src/bc", recorded(runs(303, &session)), recorded(linker(&all))),
         ("/src/bd", runs(304, &[]), linker(&all[..3])),
+        // The records do not prove that what both have in common is inside.
+        ("/src/be", recorded(runs(305, &all[..1])), recorded(linker(&all[..1]))),
     ] {
         node.see(Source::Gate, run(path, path, process, Some(writer)));
     }
     let lines = node.lines();
-    assert_eq!(lines.len(), 5, "{lines:#?}");
+    assert_eq!(lines.len(), 6, "{lines:#?}");
     assert!(lines[1..].iter().all(|line| line.starts_with("exec.new critical")), "{lines:#?}");
 }
 
@@ -723,6 +736,7 @@ fn installer(pid: u32, argv: &[&str], above: &[(ProcessIdentity, &str)]) -> Proc
         identity: *identity,
         exe: Some((*exe).to_owned()),
         argv: None,
+        is_proven_inside: false,
     });
     Process {
         exe: Some(argv[0].to_owned()),

@@ -341,8 +341,12 @@ fn may_be_of_the_image(stat: &file::Stat, watched: &Watched, manager: PackageMan
 
 /// The description of a process of which only the parent is known.
 fn child_of(parent: &Process, identity: ProcessIdentity, tty: Option<String>) -> Process {
-    let own =
-        Ancestor { identity: parent.identity, exe: parent.exe.clone(), argv: parent.argv.clone() };
+    let own = Ancestor {
+        identity: parent.identity,
+        exe: parent.exe.clone(),
+        argv: parent.argv.clone(),
+        is_proven_inside: true,
+    };
     Process {
         identity,
         exe: None,

@@ -35,7 +35,7 @@ pub(crate) struct Birth {
     pub(crate) parent: u32,
     /// When its record was read, in clock ticks since boot.
     pub(crate) read_at: u64,
-    /// The container in which it was born, if that is certain.
+    /// The container in which it was born, if that is certain. Its parent belonged to it then.
     pub(crate) home: Option<Arc<Watched>>,
     /// Births are numbered, because many of them may have one pid.
     number: u64,
@@ -93,12 +93,15 @@ impl Births {
 
     /// The parent, its parent, and so on.
     pub(crate) fn parents_of(&self, named: Named) -> impl Iterator<Item = u32> {
-        let parent = move |pid: &u32| {
-            let birth = self.parents.get(pid)?;
-            // A later birth belongs to another process that has the pid by now.
-            (birth.read_at <= named.read_at + LAG).then_some(birth.parent)
-        };
-        std::iter::successors(parent(&named.pid), parent)
+        self.births_above(named).map(|birth| birth.parent)
+    }
+
+    /// The birth of the process, that of its parent, and so on.
+    pub(crate) fn births_above(&self, named: Named) -> impl Iterator<Item = &Birth> {
+        // A later birth belongs to another process that has the pid by now.
+        let birth =
+            move |pid| self.parents.get(&pid).filter(|it| it.read_at <= named.read_at + LAG);
+        std::iter::successors(birth(named.pid), move |child: &&Birth| birth(child.parent))
     }
 }
 
@@ -118,6 +121,18 @@ mod tests {
         assert!(has_home(100) && has_home(101) && has_home(50));
         // Another process has the pid. Its own birth is not known yet, or will never be.
         assert!(!has_home(102) && !has_home(100 + LAG));
+    }
+
+    #[test]
+    fn w08_the_births_above_a_process_show_how_far_the_container_certainly_goes() {
+        let home = Arc::new(watched("a", 1));
+        let mut births = Births::default();
+        births.born(3, 2, 10);
+        births.born_in(home.clone(), 4, 3, 20);
+        births.born_in(home, 5, 4, 30);
+        let above = births.births_above(Named { pid: 5, read_at: 30 });
+        let above: Vec<(u32, bool)> = above.map(|it| (it.parent, it.home.is_some())).collect();
+        assert_eq!(above, [(4, true), (3, true), (2, false)]);
     }
 
     #[test]

@@ -216,6 +216,7 @@ pub(crate) fn ancestor(handle: &Handle) -> Ancestor {
         identity: handle.identity(),
         exe: handle.exe().ok().as_deref().map(text),
         argv: handle.arguments().ok().flatten().as_deref().map(texts),
+        is_proven_inside: false,
     }
 }
 

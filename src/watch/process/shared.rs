@@ -115,7 +115,11 @@ impl Processes {
     /// A process by the kernel's records alone. `None` if it has run nothing lately.
     pub(crate) fn recorded_process(&self, named: Named) -> Option<Process> {
         let mut pids = vec![named.pid];
-        pids.extend(self.births().parents_of(named).take(MAX_RECORDED_PARENTS));
+        let mut are_inside = vec![];
+        for birth in self.births().births_above(named).take(MAX_RECORDED_PARENTS) {
+            pids.push(birth.parent);
+            are_inside.push(birth.home.is_some());
+        }
         let at = record_time_of(named.read_at);
         let mut programs: Vec<Option<Program>> = {
             let arguments = self.arguments();
@@ -138,7 +142,8 @@ impl Processes {
         let ancestors = pids.iter().enumerate().skip(1).map(|(index, pid)| {
             // It is known that it was there, although not what it ran.
             let (exe, argv) = of(index).map_or((None, None), |one| (one.exe, one.argv));
-            Ancestor { identity: identity(*pid), exe, argv }
+            let is_proven_inside = are_inside[..index].iter().all(|is_inside| *is_inside);
+            Ancestor { identity: identity(*pid), exe, argv, is_proven_inside }
         });
         Some(Process {
             identity: identity(named.pid),

@@ -116,6 +116,7 @@ pub(crate) fn made_by(makers: &[Maker]) -> Vec<Ancestor> {
             identity: ProcessIdentity { pid: maker.pid, start_time: 0 },
             exe,
             argv: None,
+            is_proven_inside: false,
         })
     };
     let above = makers.last().and_then(|last| procfs::read_stat(last.pid).ok());
@@ -233,6 +234,7 @@ mod tests {
             identity: ProcessIdentity { pid, start_time: 1 },
             exe: exe.map(ToOwned::to_owned),
             argv: None,
+            is_proven_inside: false,
         };
         let (runc, shim) = (|| one(9, Some("runc")), || one(5, Some("shim")));
         let check = |known: Option<Ancestor>, parents: &[Ancestor], expected: &[Ancestor]| {
