@@ -234,12 +234,21 @@ pub struct PolicyFiles {
     pub container_profiles: Vec<String>,
     /// The directory of the profiles.
     pub profile_dir: PathBuf,
+    /// How long an execution waits for a decision at most, where a rule may deny it.
+    #[serde(with = "duration")]
+    pub deny_deadline: Duration,
+    /// What happens to it then.
+    pub on_timeout: OnDoubt,
+    /// What happens to it while the container's baseline is not known.
+    pub on_unknown: OnDoubt,
+    /// What containers may set for themselves by the label `driftd.io/mode`.
+    pub container_modes: Vec<ContainerMode>,
     /// minisign's public key. If it is given, the policy files need a signature by it.
     pub public_key: String,
 }
 
 /// Whether the answers of rules are carried out. `respond.kill_on` does not depend on it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Enforce {
     Off,
@@ -259,6 +268,34 @@ impl Enforce {
     }
 }
 
+/// What happens to an execution about which nothing can be decided.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDoubt {
+    #[default]
+    Allow,
+    Deny,
+}
+
+/// What a container sets for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ContainerMode {
+    /// Answers are recorded, and not carried out.
+    Report,
+    /// Answers are carried out, where a rule does not say otherwise.
+    Enforce,
+}
+
+impl ContainerMode {
+    pub fn name(self) -> &'static str {
+        match self {
+            ContainerMode::Report => "report",
+            ContainerMode::Enforce => "enforce",
+        }
+    }
+}
+
 impl Default for PolicyFiles {
     fn default() -> PolicyFiles {
         PolicyFiles {
@@ -267,6 +304,10 @@ impl Default for PolicyFiles {
             profiles: Vec::new(),
             container_profiles: Vec::new(),
             profile_dir: "/usr/share/driftd/baselines".into(),
+            deny_deadline: Duration::from_secs(1),
+            on_timeout: OnDoubt::Allow,
+            on_unknown: OnDoubt::Allow,
+            container_modes: Vec::new(),
             public_key: String::new(),
         }
     }
@@ -519,6 +560,11 @@ impl Config {
                 ));
             }
         }
+        let deadline = config.policy.deny_deadline;
+        // The guardian ends a gate that makes no progress within three seconds.
+        if !(Duration::from_millis(10)..=Duration::from_secs(2)).contains(&deadline) {
+            return Err("policy.deny_deadline is not between 10ms and 2s".into());
+        }
         if respond.within < Duration::from_secs(1) {
             return Err("respond.within is below 1s".into());
         }
@@ -544,12 +590,16 @@ impl Config {
 }
 
 /// Settings that take effect while driftd runs. All others are read at its start.
-const LIVE: [&str; 16] = [
+const LIVE: [&str; 20] = [
     "history.max_bytes",
     "history.retention",
+    "policy.container_modes",
     "policy.container_profiles",
+    "policy.deny_deadline",
     "policy.dir",
     "policy.enforce",
+    "policy.on_timeout",
+    "policy.on_unknown",
     "policy.profile_dir",
     "policy.profiles",
     "policy.public_key",
@@ -814,6 +864,8 @@ mod tests {
             "socket = \"/run/other.sock\"\n[watch]\nsettle = \"2s\"\nprobe_patience = \"5s\"\n\
              [history]\nmax_bytes = 2000000\nretention = \"1d\"\n\
              [policy]\ndir = \"/etc/other\"\nenforce = \"on\"\nprofiles = [\"apt\"]\ncontainer_profiles = [\"pip\"]\n\
+             deny_deadline = \"500ms\"\non_timeout = \"deny\"\non_unknown = \"deny\"\n\
+             container_modes = [\"report\"]\n\
              profile_dir = \"/etc/baselines\"\npublic_key = \"RW\"\n\
              [respond]\nkill_on = [\"exec.new\"]\nstop_restarts = true\nwithin = \"1h\"\n\
              max_containers_of_rule = 1\nmax_of_container = 1\nmax_of_image = 1\nmax_of_node = 1",

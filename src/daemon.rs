@@ -105,7 +105,9 @@ pub fn run(
     let (response_request_sender, response_requests) = mpsc::channel(256);
     let (stop_sender, stop) = bounded::<Infallible>(0);
     let history_begun = writer.begun();
+    let (questions, decisions) = watch.questions();
     let inputs = Inputs {
+        questions,
         runtime_events,
         sensor_events,
         baseline_events,
@@ -119,6 +121,7 @@ pub fn run(
         recorder: recorder.clone(),
         records: writer.records(),
         response_requests: response_request_sender,
+        decisions: Some(decisions),
     };
     let pipeline_ended = start_pipeline(state, reader, inputs, outputs, &health.threads)?;
     let (gave_up_sender, gave_up) = mpsc::unbounded_channel();

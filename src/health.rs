@@ -81,6 +81,8 @@ pub enum Failure {
     /// A process or another machine serves a container's layers: the gate has no mark there,
     /// and the content of the layers is not read.
     ForeignLayers,
+    /// An execution that rules may deny was answered without a decision.
+    Undecided,
 }
 
 /// What is done about a [`Failure`].
@@ -95,7 +97,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 30] = [
+    pub const ALL: [Failure; 31] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -126,6 +128,7 @@ impl Failure {
         Failure::HistoryGone,
         Failure::NotRunning,
         Failure::ForeignLayers,
+        Failure::Undecided,
     ];
 
     pub fn name(self) -> &'static str {
@@ -160,6 +163,7 @@ impl Failure {
             Failure::HistoryGone => "history_gone",
             Failure::NotRunning => "not_running",
             Failure::ForeignLayers => "foreign_layers",
+            Failure::Undecided => "undecided",
         }
     }
 
@@ -176,6 +180,7 @@ impl Failure {
             | Failure::GateQueueFull
             | Failure::ClockSet
             | Failure::NotRunning
+            | Failure::Undecided
             | Failure::BaselineBacklogFull => Reaction::Rescan,
             Failure::ContainerdLost
             | Failure::BaselineCorrupt
@@ -315,6 +320,11 @@ impl Health {
     /// Files of the image that were about to be changed, and are asked about again.
     pub fn copy_ups(&self) -> u64 {
         self.in_pulse(Pulse::copy_ups)
+    }
+
+    /// Programs that rules have denied, and those that were answered without a decision.
+    pub fn denied(&self) -> (u64, u64) {
+        (self.in_pulse(Pulse::denied), self.in_pulse(Pulse::undecided))
     }
 
     /// What waits to be examined, the oldest first.

@@ -41,6 +41,8 @@ enum Counter {
     Unreadable,
     Late,
     Handles,
+    Denied,
+    Undecided,
 }
 
 /// One of driftd's processes.
@@ -109,6 +111,16 @@ impl Pulse {
     /// before it runs on, so that its exit can be read.
     pub fn handles(&self) -> &AtomicU64 {
         self.counter(Counter::Handles)
+    }
+
+    /// Programs that were not allowed to run.
+    pub fn denied(&self) -> &AtomicU64 {
+        self.counter(Counter::Denied)
+    }
+
+    /// Programs that were to wait for a decision and got the answer for those that get none.
+    pub fn undecided(&self) -> &AtomicU64 {
+        self.counter(Counter::Undecided)
     }
 
     /// Held runtimes that the gate had to let run before the daemon requested it.

@@ -51,7 +51,8 @@ pub enum Action {
 impl From<Answer> for Action {
     fn from(answer: Answer) -> Action {
         match answer {
-            Answer::KillProcess => Action::KillProcess,
+            // What was not denied is killed.
+            Answer::Deny | Answer::KillProcess => Action::KillProcess,
             Answer::Pause => Action::Pause,
             Answer::Kill => Action::Kill,
         }

@@ -216,6 +216,16 @@ fn metrics(
             Samples::Counter(vec![(Labels::new(), gate.copy_ups)]),
         ),
         (
+            "gate_denied",
+            "Programs that were not allowed to run",
+            Samples::Counter(vec![(Labels::new(), gate.denied)]),
+        ),
+        (
+            "gate_undecided",
+            "Programs that a rule may deny, and that were answered without a decision",
+            Samples::Counter(vec![(Labels::new(), gate.undecided)]),
+        ),
+        (
             "left_to_sweeps",
             "Changes that scans had to find because too many came at once",
             Samples::Counter(vec![(Labels::new(), status.left_to_sweeps)]),

@@ -108,6 +108,8 @@ struct GateJson {
     instead: Option<String>,
     ignored: u64,
     copy_ups: u64,
+    denied: u64,
+    undecided: u64,
 }
 
 #[derive(Serialize)]
@@ -151,11 +153,13 @@ fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<StatusJson> {
         findings: status.findings,
         gate_answers: status.gate_answers,
         data_writes: status.data_writes,
-        gate: status.gate.map(|proto::Gate { mode, instead, ignored, copy_ups }| GateJson {
-            mode,
-            instead: filled(instead),
-            ignored,
-            copy_ups,
+        gate: status.gate.map(|gate| GateJson {
+            mode: gate.mode,
+            instead: filled(gate.instead),
+            ignored: gate.ignored,
+            copy_ups: gate.copy_ups,
+            denied: gate.denied,
+            undecided: gate.undecided,
         }),
         left_to_sweeps: status.left_to_sweeps,
         arguments_unrecorded: status.arguments_unrecorded,
@@ -371,6 +375,10 @@ fn gate_line(gate: &GateJson) -> String {
             format!(": {ignored} programs let through unasked, {copy_ups} asked about again");
         words.push_str(&more);
     }
+    if gate.denied + gate.undecided > 0 {
+        let GateJson { denied, undecided, .. } = gate;
+        words.push_str(&format!(", {denied} programs denied, {undecided} without a decision"));
+    }
     if let Some(instead) = &gate.instead {
         words.push_str(&format!(", NOT AS IN THE SETTINGS: {}", safe(instead)));
     }
@@ -442,6 +450,8 @@ mod tests {
                 instead: Some("this kernel is Linux 5.10".into()),
                 ignored: 0,
                 copy_ups: 0,
+                denied: 0,
+                undecided: 0,
             }),
             policy: Some(PolicyJson {
                 generation: 4,

@@ -98,6 +98,7 @@ fn fact(line: &str) -> FileFact {
                 _ => Filesystem::Overlay,
             },
             running: words[0] == "running",
+            denied: false,
             times: 1,
             state: FileState { deleted: words[0] == "running", ..state() },
             lower: None,

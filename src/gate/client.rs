@@ -8,7 +8,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::wire::{self, Asked, Calm, Hello, MAX_PACKET, Message, Place, Reply, Request};
+use super::wire::{
+    self, Asked, Calm, Decided, Decision, Enforced, Hello, MAX_PACKET, Message, Place, Reply,
+    Request,
+};
 use crate::pulse::Pulse;
 use crate::sys::channel::{Channel, Packet};
 use crate::sys::fanotify;
@@ -60,7 +63,8 @@ impl Gate {
             .stdout(Stdio::null())
             .spawn()
             .map_err(Error::Start)?;
-        let mut gate = Gate { child, marks: Marks::new(requests), events: Events(events), pulse };
+        let mut gate =
+            Gate { child, marks: Marks::new(requests), events: Events(Arc::new(events)), pulse };
         match gate.greet(shards, &its_events) {
             Ok(()) => Ok(gate),
             Err(err) => {
@@ -119,9 +123,9 @@ impl Marks {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn request(&self, request: Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn request(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut buffer = [0; MAX_PACKET];
-        let bytes = wire::encode(&request, &mut buffer);
+        let bytes = wire::encode(request, &mut buffer);
         let mut line = self.line();
         if line.is_broken {
             return Err(io::ErrorKind::BrokenPipe.into());
@@ -181,38 +185,48 @@ impl Marks {
 
     /// Marks a container's own overlay.
     pub fn mark_root(&self, place: Place, root: BorrowedFd<'_>) -> io::Result<()> {
-        self.request(Request::MarkRoot(place), &[root])
+        self.request(&Request::MarkRoot(place), &[root])
     }
 
     /// Holds a runtime for a moment when a shim executes it, see [`Event::Runtime`].
     pub fn mark_runtime(&self, program: BorrowedFd<'_>) -> io::Result<()> {
-        self.request(Request::MarkRuntime, &[program])
+        self.request(&Request::MarkRuntime, &[program])
     }
 
     /// Watches the copy-ups in a work directory.
     pub fn meet(&self, shard: u8, work: BorrowedFd<'_>) -> io::Result<()> {
-        self.request(Request::Meet { shard }, &[work])
+        self.request(&Request::Meet { shard }, &[work])
     }
 
     /// Watches no more: a container has ended, and these are its remaining work directories.
     pub fn leave(&self, shard: u8, work: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.request(Request::Leave { shard }, work)
+        self.request(&Request::Leave { shard }, work)
     }
 
     /// Removes all ignore marks of a shard: its files are asked about again.
     pub fn forget(&self, shard: u8) -> io::Result<()> {
-        self.request(Request::Forget { shard }, &[])
+        self.request(&Request::Forget { shard }, &[])
     }
 
     /// Asks no more about a file, unless a file was copied up since `calm` was taken. If the
     /// channel is full, the file is asked about again.
     pub fn ignore(&self, calm: Calm, file: BorrowedFd<'_>) {
-        let _ = self.request(Request::Ignore(calm), &[file]);
+        let _ = self.request(&Request::Ignore(calm), &[file]);
     }
 
     /// Lets a held runtime run. If the channel is full, the gate lets it run in a moment.
     pub fn release(&self, number: u64) {
-        let _ = self.request(Request::Release { number }, &[]);
+        let _ = self.request(&Request::Release { number }, &[]);
+    }
+
+    /// From now on, executions in a container wait for a decision.
+    pub fn enforce(&self, enforced: Enforced) -> io::Result<()> {
+        self.request(&Request::Enforce(enforced), &[])
+    }
+
+    /// Executions in the container with this device wait no more.
+    pub fn enforce_no_more(&self, device: u64) -> io::Result<()> {
+        self.request(&Request::EnforceNoMore { device }, &[])
     }
 
     /// A value that can close the gate.
@@ -233,7 +247,7 @@ impl Stopper {
 
     /// Executions that were answered before are still handed over.
     pub fn close(&self) -> io::Result<()> {
-        self.0.request(Request::Close, &[])
+        self.0.request(&Request::Close, &[])
     }
 }
 
@@ -241,7 +255,7 @@ impl Stopper {
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "nearly every event is an execution")]
 pub enum Event {
-    /// A program was allowed to run.
+    /// A program was allowed to run, or waits for a decision (`asked.waits`).
     Executed {
         asked: Asked,
         /// The process before it became the program.
@@ -250,6 +264,8 @@ pub enum Event {
         /// The process, if the gate has kept a handle of it: see `Message::Executed`.
         handle: Option<OwnedFd>,
     },
+    /// An execution that waited was answered.
+    Answered { number: u64, denied: bool, at: u64 },
     /// A shim executes a runtime, which is held until [`Marks::release`], or for half a
     /// second.
     Runtime { number: u64, process: Option<Stat> },
@@ -257,9 +273,27 @@ pub enum Event {
 
 /// The channel of answered executions, in the order of the answers.
 #[derive(Debug)]
-pub struct Events(Channel);
+pub struct Events(Arc<Channel>);
+
+/// The decisions about executions that wait. They have a way of their own: a request may wait
+/// until a mark is placed.
+#[derive(Clone, Debug)]
+pub struct Decisions(Arc<Channel>);
+
+impl Decisions {
+    /// Never waits. If the channel is full, the gate answers when its time is over.
+    pub fn decide(&self, number: u64, decision: Decision) {
+        let mut buffer = [0; 32];
+        let bytes = wire::encode(&Decided { number, decision }, &mut buffer);
+        let _ = self.0.try_send(bytes, &[]);
+    }
+}
 
 impl Events {
+    pub fn decisions(&self) -> Decisions {
+        Decisions(self.0.clone())
+    }
+
     /// The next event. `WouldBlock` if there is none; `UnexpectedEof` if the gate has ended
     /// and no event is left.
     pub fn receive(&self) -> io::Result<Event> {
@@ -273,6 +307,7 @@ impl Events {
                 file: descriptors.next().ok_or(io::ErrorKind::InvalidData)?,
                 handle: descriptors.next(),
             },
+            Message::Answered { number, denied, at } => Event::Answered { number, denied, at },
             Message::Runtime { number, process } => {
                 Event::Runtime { number, process: Stat::parse(process) }
             }

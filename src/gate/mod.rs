@@ -17,14 +17,18 @@
 //! guardian ends it when it or the daemon makes no progress, the daemon ends it when the
 //! guardian does not act, and it ends itself when the daemon has ended.
 //!
+//! Where rules may deny, the program waits until the daemon has decided, but never longer than a
+//! fixed time: the gate keeps the kernel's question (`questions`) and goes on.
+//!
 //! `client` is the daemon's side, `process` the gate itself, `wire` the packets between them,
 //! and `shards` the free gate.
 
 mod client;
 mod process;
+mod questions;
 mod shards;
 mod wire;
 
-pub use self::client::{Error, Event, Events, Gate, Marks, Stopper, THIS_PROGRAM};
+pub use self::client::{Decisions, Error, Event, Events, Gate, Marks, Stopper, THIS_PROGRAM};
 pub use self::process::run;
-pub use self::wire::{Asked, Calm, Place};
+pub use self::wire::{Asked, Calm, Decision, Enforced, Place, Undecided};

@@ -12,8 +12,11 @@ use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use super::questions::{Questions, Waits};
 use super::shards::{CopyUps, Shards};
-use super::wire::{self, Asked, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request};
+use super::wire::{
+    self, Asked, Decided, Decision, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request,
+};
 use crate::model::programs::{may_be_runtime, may_be_shim};
 use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
 use crate::sys::channel::{Channel, Packet, close_inherited};
@@ -89,6 +92,7 @@ pub fn run() -> anyhow::Result<()> {
         runtimes: Vec::new(),
         held: Vec::new(),
         held_so_far: 0,
+        questions: Questions::default(),
         outbox: Outbox { channel: executions, pending: VecDeque::new(), max_pending },
         daemon: Silence::default(),
         judged: Instant::now(),
@@ -165,6 +169,7 @@ struct Process<'groups> {
     runtimes: Vec<(u64, u64)>,
     held: Vec<Held<'groups>>,
     held_so_far: u64,
+    questions: Questions<'groups>,
     outbox: Outbox,
     daemon: Silence,
     judged: Instant,
@@ -182,7 +187,10 @@ impl<'groups> Process<'groups> {
         loop {
             self.wait();
             self.pulse.beat(Part::Gate);
-            // Ends of copy-ups first: they only allow ignore marks again.
+            // What waits was asked first.
+            self.take_decisions()?;
+            self.answer_late()?;
+            // Ends of copy-ups before executions: they only allow ignore marks again.
             if let Some(closes) = &groups.closes {
                 self.read(closes, &mut buffer, Process::closed)?;
             }
@@ -222,11 +230,11 @@ impl<'groups> Process<'groups> {
         let mut fds: Vec<PollFd<'_>> =
             groups.map(|group| PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)).collect();
         fds.push(PollFd::from_borrowed_fd(self.requests.as_fd(), PollFlags::IN));
-        if !self.outbox.pending.is_empty() {
-            fds.push(PollFd::from_borrowed_fd(self.outbox.channel.as_fd(), PollFlags::OUT));
-        }
-        let late = self.held.iter().map(|held| HELD_FOR.saturating_sub(held.since.elapsed())).min();
-        let timeout = late.unwrap_or(TURN).min(TURN);
+        let is_full = !self.outbox.pending.is_empty();
+        let wanted = if is_full { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        fds.push(PollFd::from_borrowed_fd(self.outbox.channel.as_fd(), wanted));
+        let late = self.held.iter().map(|held| HELD_FOR.saturating_sub(held.since.elapsed()));
+        let timeout = late.chain(self.questions.due_in()).min().unwrap_or(TURN).min(TURN);
         let timeout = Timespec::try_from(timeout).expect("a quarter of a second fits");
         // An error here (a signal) only ends the wait early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
@@ -290,7 +298,7 @@ impl<'groups> Process<'groups> {
     }
 
     fn asked(&mut self, incoming: Incoming<'groups>, shard: Option<u8>) -> io::Result<()> {
-        let permission = match incoming {
+        let mut permission = match incoming {
             Incoming::Permission(permission) => permission,
             Incoming::Overflow => {
                 self.pulse.unreadable().fetch_add(1, Ordering::Relaxed);
@@ -313,7 +321,7 @@ impl<'groups> Process<'groups> {
         // kept for a runtime on its way in, and for all processes once a session was opened.
         let is_coming_in = comm(process).is_some_and(may_be_runtime);
         let is_wanted = is_coming_in || self.pulse.handles().load(Ordering::Relaxed) != 0;
-        let handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
+        let mut handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
         let whereabouts = match &stat {
             Ok(stat) if !self.roots.hold(stat) => whereabouts(event.pid),
             Ok(_) | Err(_) => None,
@@ -326,13 +334,117 @@ impl<'groups> Process<'groups> {
             stat,
             whereabouts,
             calm,
+            waits: None,
+        };
+        let file = asked.stat.as_ref().ok();
+        let is_undecided = match self.questions.of(file, asked.whereabouts.as_ref()) {
+            Waits::No => false,
+            Waits::NoRoom => true,
+            Waits::Under(container, number) => {
+                let key = (container, number);
+                match self.ask(key, permission, asked.clone(), process, &mut handle) {
+                    None => return Ok(()),
+                    Some(back) => {
+                        permission = back;
+                        true
+                    }
+                }
+            }
         };
         // Counted first, so that no program runs before it is counted.
         self.pulse.answers().fetch_add(1, Ordering::SeqCst);
-        let event = allow(permission)?;
+        let event = match is_undecided {
+            false => allow(permission)?,
+            true => self.answer_undecided(permission)?.0,
+        };
         let message = Message::Executed { asked, process };
         self.outbox.hand_on(&message, Some(event.file), handle, self.pulse);
         Ok(())
+    }
+
+    // ---- executions that wait for a decision
+
+    /// Asks the daemon for a decision, and keeps the kernel's question until then. Returns the
+    /// question if the daemon cannot be asked.
+    fn ask(
+        &mut self,
+        key: (u64, u64),
+        permission: Permission<'groups>,
+        asked: Asked,
+        process: &[u8],
+        handle: &mut Option<OwnedFd>,
+    ) -> Option<Permission<'groups>> {
+        // The kernel needs the event's own descriptor for the answer.
+        let Ok(file) = permission.event().file.try_clone() else { return Some(permission) };
+        let stat = asked.stat.ok();
+        let asked = Asked { waits: Some(key.1), ..asked };
+        let message = Message::Executed { asked, process };
+        if !self.outbox.has_room() {
+            return Some(permission);
+        }
+        self.outbox.hand_on(&message, Some(file), handle.take(), self.pulse);
+        self.questions.wait(key, stat.as_ref(), permission);
+        None
+    }
+
+    fn take_decisions(&mut self) -> io::Result<()> {
+        let mut buffer = [0; MAX_PACKET];
+        for _ in 0..REQUESTS_IN_A_ROW {
+            // An end of this channel shows in the other one, too.
+            let Ok(packet) = self.outbox.channel.try_receive(&mut buffer) else { break };
+            let Decided { number, decision } = wire::decode(packet.bytes)?;
+            let is_unchanged = decision == Decision::AllowUnchanged;
+            // It may have been answered because it waited too long.
+            let Some(permission) = self.questions.take(number, is_unchanged) else { continue };
+            match decision {
+                Decision::Allow | Decision::AllowUnchanged => {
+                    self.answered(number, permission, Some(Answer::Allow))?;
+                }
+                Decision::Deny => self.answered(number, permission, Some(Answer::Deny))?,
+                Decision::None => self.answered(number, permission, None)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn answer_late(&mut self) -> io::Result<()> {
+        while let Some((number, permission)) = self.questions.take_late() {
+            self.answered(number, permission, None)?;
+        }
+        Ok(())
+    }
+
+    /// Answers an execution that has waited, and reports that to the daemon.
+    fn answered(
+        &mut self,
+        number: u64,
+        permission: Permission<'groups>,
+        with: Option<Answer>,
+    ) -> io::Result<()> {
+        let at = perf::now();
+        self.pulse.answers().fetch_add(1, Ordering::SeqCst);
+        let (_, denied) = match with {
+            Some(Answer::Allow) => (allow(permission)?, false),
+            Some(Answer::Deny) => (self.deny(permission)?, true),
+            None => self.answer_undecided(permission)?,
+        };
+        let message = Message::Answered { number, denied, at };
+        self.outbox.hand_on(&message, None, None, self.pulse);
+        Ok(())
+    }
+
+    /// The answer to an execution about which nothing was decided, and whether it was denied.
+    fn answer_undecided(&self, permission: Permission<'groups>) -> io::Result<(Event, bool)> {
+        self.pulse.undecided().fetch_add(1, Ordering::Relaxed);
+        match self.questions.denies_undecided() {
+            true => Ok((self.deny(permission)?, true)),
+            false => Ok((allow(permission)?, false)),
+        }
+    }
+
+    fn deny(&self, permission: Permission<'groups>) -> io::Result<Event> {
+        self.pulse.denied().fetch_add(1, Ordering::Relaxed);
+        answer(permission, Answer::Deny)
     }
 
     /// Whether the file of an event is one of the host's runtimes.
@@ -387,11 +499,12 @@ impl<'groups> Process<'groups> {
         if request == Request::Close {
             return Ok(Some(Taken::Close));
         }
+        let is_replied_to = request.is_replied_to();
         let done = self.carry_out(request, &descriptors);
         // Closed before the reply: they keep mounts busy, and after the reply the daemon takes
         // them for closed.
         drop(descriptors);
-        if request.is_replied_to() {
+        if is_replied_to {
             let errno = done.err().map(|err| err.raw_os_error().unwrap_or(libc::EINVAL));
             reply(self.requests, errno)?;
         }
@@ -442,6 +555,14 @@ impl<'groups> Process<'groups> {
                 }
                 Ok(())
             }
+            Request::Enforce(enforced) => {
+                self.questions.enforce(enforced);
+                Ok(())
+            }
+            Request::EnforceNoMore { device } => {
+                self.questions.enforce_no_more(device);
+                Ok(())
+            }
             Request::Close => Ok(()),
         }
     }
@@ -465,7 +586,11 @@ enum Taken {
 }
 
 fn allow(permission: Permission<'_>) -> io::Result<Event> {
-    let (event, answered) = permission.answer(Answer::Allow);
+    answer(permission, Answer::Allow)
+}
+
+fn answer(permission: Permission<'_>, with: Answer) -> io::Result<Event> {
+    let (event, answered) = permission.answer(with);
     match answered {
         // ENOENT: the process was killed while it waited.
         Err(err) if err.raw_os_error() != Some(libc::ENOENT) => Err(err),
@@ -538,6 +663,11 @@ struct Waiting {
 }
 
 impl Outbox {
+    /// Whether another message can be handed on.
+    fn has_room(&self) -> bool {
+        self.pending.len() < self.max_pending
+    }
+
     /// Hands a message on, and never waits. Returns false if there was no room for it.
     fn hand_on(
         &mut self,

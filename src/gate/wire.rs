@@ -2,6 +2,8 @@
 //!
 //! The daemon starts the gate from its own program file, so the encoding needs no versions.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::sys::file::Stat;
@@ -29,8 +31,48 @@ pub enum Place {
     Shard(u8),
 }
 
-/// A request of the daemon. The comments name the descriptors that come with it.
+/// A container whose executions wait for a decision of the daemon, unless the file is known to
+/// be the image's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enforced {
+    /// The device and the mount of the container's own overlay.
+    pub device: u64,
+    pub mount: Option<u64>,
+    /// By these, a process that executes a file from elsewhere belongs to the container.
+    pub pid_namespace: Option<u64>,
+    pub mount_namespace: Option<u64>,
+    pub cgroup: Option<Vec<u8>>,
+    pub undecided: Undecided,
+}
+
+/// What happens to an execution about which no decision comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undecided {
+    /// How long it waits for one.
+    pub after: Duration,
+    pub deny: bool,
+}
+
+/// A decision about an execution that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Decision {
+    Allow,
+    /// The file is the image's own: allow it now, and until it changes.
+    AllowUnchanged,
+    Deny,
+    /// No decision is possible: it is answered as one that comes too late.
+    None,
+}
+
+/// A packet of the daemon in the channel of executions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Decided {
+    pub(super) number: u64,
+    pub(super) decision: Decision,
+}
+
+/// A request of the daemon. The comments name the descriptors that come with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Request {
     /// Mark a container's own overlay: a descriptor of its root.
     MarkRoot(Place),
@@ -50,12 +92,16 @@ pub(super) enum Request {
     Ignore(Calm),
     /// Let the runtime run that is held under this number. Has no reply.
     Release { number: u64 },
+    /// Executions in this container wait for a decision.
+    Enforce(Enforced),
+    /// Executions in the container with this device wait no more.
+    EnforceNoMore { device: u64 },
     /// Close every group. Executions that were answered before are still handed over.
     Close,
 }
 
 impl Request {
-    pub(super) fn is_replied_to(self) -> bool {
+    pub(super) fn is_replied_to(&self) -> bool {
         !matches!(self, Request::Ignore(_) | Request::Release { .. })
     }
 }
@@ -98,13 +144,15 @@ pub struct Asked {
     pub whereabouts: Option<Whereabouts>,
     /// Set if the file may be ignored, should the daemon find that it is the image's.
     pub calm: Option<Calm>,
+    /// The execution waits under this number for a decision.
+    pub waits: Option<u64>,
 }
 
 /// A message of the gate to the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(clippy::large_enum_variant, reason = "nearly every message is an execution")]
 pub(super) enum Message<'packet> {
-    /// A program was allowed to run: a descriptor of its file and, if the process may be a
+    /// A program was allowed to run, or waits for a decision: a descriptor of its file and, if the process may be a
     /// runtime on its way into a container or sessions are open, a handle of the process.
     Executed {
         asked: Asked,
@@ -112,6 +160,9 @@ pub(super) enum Message<'packet> {
         #[serde(borrow)]
         process: &'packet [u8],
     },
+    /// An execution that waited under this number was answered, at this time by the clock of
+    /// the kernel's records.
+    Answered { number: u64, denied: bool, at: u64 },
     /// A shim executes a runtime, which is held under this number.
     Runtime {
         number: u64,
@@ -162,6 +213,7 @@ mod tests {
                 cgroup: Some(vec![b'/'; MAX_CGROUP]),
             }),
             calm: Some(Calm { shard: u8::MAX, generation: u64::MAX }),
+            waits: Some(u64::MAX),
         };
         let process = [b'9'; super::super::process::MAX_STAT];
         let message = Message::Executed { asked, process: &process };
@@ -176,6 +228,7 @@ mod tests {
         fn any_bytes_are_a_message_or_none(bytes: Vec<u8>) {
             let _ = decode::<Message<'_>>(&bytes);
             let _ = decode::<Request>(&bytes);
+            let _ = decode::<Decided>(&bytes);
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
@@ -84,6 +85,8 @@ pub struct Watch {
     pub blind_spot: Option<&'static str>,
     /// Attached since the last listing began: no extra scan is due.
     pub fresh: bool,
+    /// The run whose executions wait for decisions, how long, and whether they are denied then.
+    pub enforced: Option<(u32, Duration, bool)>,
 }
 
 /// An automatic response to one run, or to one process of it. It is requested once, and again as

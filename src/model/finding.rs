@@ -130,6 +130,11 @@ impl Kind {
         self.name().starts_with("exec.")
     }
 
+    /// Whether it is about code that was run in one way or another.
+    pub fn is_run(self) -> bool {
+        self.is_exec() || self == Kind::LibraryLoaded
+    }
+
     /// Whether the finding is about a program that was written or lies there, and was not
     /// run.
     pub fn is_written(self) -> bool {
@@ -441,6 +446,7 @@ pub enum Disposition {
     /// An exception expects it: it is kept, and left out of listings, streams and responses.
     Accept,
     /// It is reported and answered; this is the strongest of the answers.
+    Deny,
     KillProcess,
     Pause,
     Kill,
@@ -450,6 +456,7 @@ impl Disposition {
     pub const ALL: &'static [Disposition] = &[
         Disposition::Report,
         Disposition::Accept,
+        Disposition::Deny,
         Disposition::KillProcess,
         Disposition::Pause,
         Disposition::Kill,
@@ -459,6 +466,7 @@ impl Disposition {
         match self {
             Disposition::Report => "report",
             Disposition::Accept => "accept",
+            Disposition::Deny => "deny",
             Disposition::KillProcess => "kill-process",
             Disposition::Pause => "pause",
             Disposition::Kill => "kill",
@@ -470,6 +478,8 @@ impl Disposition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
+    /// The program is not executed. What has run nevertheless is killed.
+    Deny,
     /// The process that did it is killed.
     KillProcess,
     /// The container is frozen.
@@ -479,10 +489,12 @@ pub enum Answer {
 }
 
 impl Answer {
-    pub const ALL: &'static [Answer] = &[Answer::KillProcess, Answer::Pause, Answer::Kill];
+    pub const ALL: &'static [Answer] =
+        &[Answer::Deny, Answer::KillProcess, Answer::Pause, Answer::Kill];
 
     pub fn name(self) -> &'static str {
         match self {
+            Answer::Deny => "deny",
             Answer::KillProcess => "kill-process",
             Answer::Pause => "pause",
             Answer::Kill => "kill",
@@ -492,6 +504,7 @@ impl Answer {
     /// The disposition of a finding whose strongest answer this is.
     pub fn disposition(self) -> Disposition {
         match self {
+            Answer::Deny => Disposition::Deny,
             Answer::KillProcess => Disposition::KillProcess,
             Answer::Pause => Disposition::Pause,
             Answer::Kill => Disposition::Kill,
@@ -511,8 +524,8 @@ pub struct RuleAnswer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The strongest response that the policy requests: `kill-process`, `pause` or `kill`; null
-    /// if it only reports.
+    /// The strongest response that the policy requests: `deny`, `kill-process`, `pause` or
+    /// `kill`; null if it only reports.
     pub action: Option<String>,
     /// The rule that decided: an exception, the one whose response is requested, or the one
     /// that has changed the severity. Null for the default.
@@ -535,7 +548,7 @@ pub struct Verdict {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container was started
+    /// `deny`, `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container was started
     /// again, which is no response of driftd; `stop-answers` if a rule's answers were stopped,
     /// and `resume-answers`.
     pub action: String,

@@ -59,6 +59,11 @@ pub struct Observation {
 }
 
 impl Observation {
+    /// Whether it is an execution that was denied.
+    pub fn is_denied(&self) -> bool {
+        matches!(self.fact, Fact::File(FileFact::Executed { denied: true, .. }))
+    }
+
     /// How often it happened.
     pub fn times(&self) -> u64 {
         match self.fact {
@@ -115,6 +120,8 @@ pub enum FileFact {
         filesystem: Filesystem,
         /// It was found running; its execution was not seen.
         running: bool,
+        /// It was about to be executed, and the kernel has refused that.
+        denied: bool,
         /// How many executions this observation stands for, if there were too many to
         /// report each.
         times: u64,

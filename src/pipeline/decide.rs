@@ -6,7 +6,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::aggregation::{Group, is_run};
+use super::aggregation::Group;
 use super::evidence::Emission;
 use super::messages::Effect;
 use super::state::State;
@@ -93,7 +93,7 @@ impl State {
             self.accept_finding(&observation.container, finding, now, effects);
             return;
         };
-        if is_run(kind) {
+        if kind.is_run() {
             self.remember_linked(emission);
         }
         self.put_accepted(group, path, emission, effects);

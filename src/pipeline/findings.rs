@@ -4,7 +4,7 @@
 
 use jiff::Timestamp;
 
-use super::aggregation::{is_reported_as_executed, is_run, transaction_id};
+use super::aggregation::{is_reported_as_executed, transaction_id};
 use super::evidence::{Emission, Evidence, expected, file_evidence, removed_evidence};
 use super::messages::Effect;
 use super::responses::{Actor, Cause};
@@ -39,7 +39,9 @@ impl State {
         for judgement in &assessment.judgements {
             let verdict = self.policy.report();
             let emission = Emission { observation, judgement, evidence, verdict: &verdict, now };
-            self.note_copy(&emission);
+            if !observation.is_denied() {
+                self.note_copy(&emission);
+            }
             if !self.policy.has_rules() {
                 self.emit_one(&emission, effects);
                 continue;
@@ -52,13 +54,13 @@ impl State {
 
     /// The linker that has made this content, if its writer is not known here: a build copies
     /// what it has linked, and runs it before the change feed has read what was written.
-    fn linker_of(
+    pub(super) fn linker_of(
         &self,
         observation: &Observation,
         assessment: &Assessment,
         evidence: &Evidence<'_>,
     ) -> Option<Process> {
-        let is_code = assessment.judgements.iter().any(|judgement| is_run(judgement.kind));
+        let is_code = assessment.judgements.iter().any(|judgement| judgement.kind.is_run());
         let is_unknown = evidence.writer.is_none() && !evidence.could_change().is_possible();
         let content = evidence.content().filter(|_| is_code && is_unknown)?;
         let entry = self.inventory.get(&observation.container)?;
@@ -80,7 +82,7 @@ impl State {
         let Some(entry) = self.inventory.get_mut(container) else { return };
         let content = evidence.content();
         let kind = judgement.kind;
-        let id = match evidence.path.filter(|_| content.is_none() && is_run(kind)) {
+        let id = match evidence.path.filter(|_| content.is_none() && kind.is_run()) {
             // The file was gone before it could be read. One with its name is more likely
             // the same program than another one.
             Some(path) => {
@@ -254,7 +256,7 @@ fn link_to_writer(
     let container = &observation.container;
     let Some(path) = evidence.path else { return };
     let content = evidence.content();
-    if !is_run(finding.kind) {
+    if !finding.kind.is_run() {
         let manager = evidence.process.and_then(|writer| entry.writers.package_manager_of(writer));
         finding.transaction = manager.map(|manager| transaction_id(container, manager));
         return;

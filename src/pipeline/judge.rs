@@ -20,6 +20,7 @@ use crate::model::{
     Blake3Hash, ContainerId, Fact, FileFact, FileTime, FileType, FindingId, Kind, Observation,
     Process, RootfsPath, Script, SessionFact, Severity, bytes_of_printable,
 };
+use crate::policy::Policy;
 use crate::watch::Verdict;
 
 /// Details of findings.
@@ -117,11 +118,7 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let Some(entry) = self.inventory.get(&observation.container) else { return };
-        let sensitive = Sensitive {
-            persistence: &self.policy.persistence,
-            entry_point: &entry.baseline.entry_point,
-            reached_as: observation.reached_as.as_ref(),
-        };
+        let sensitive = sensitive(&self.policy, entry, observation);
         let assessment = detect::assess(baseline, sensitive, fact);
         let is_image = assessment.judgements.is_empty();
         let verdict = if is_image { Verdict::Image } else { Verdict::Drift };
@@ -192,27 +189,7 @@ impl State {
     ) {
         let container = &observation.container;
         let evidence = match fact {
-            FileFact::Executed {
-                path,
-                filesystem,
-                state,
-                lower,
-                process,
-                invoked_as,
-                layer_file,
-                writer,
-                ..
-            } => Evidence {
-                path: Some(path),
-                filesystem: *filesystem,
-                state: Some(state),
-                lower: lower.as_ref(),
-                process: Some(process),
-                writer: writer.as_deref(),
-                invoked_as: invoked_as.as_deref(),
-                detail: layer_file.is_some().then_some(IN_LAYER),
-                ..Evidence::default()
-            },
+            FileFact::Executed { .. } => executed(fact).unwrap_or_default(),
             FileFact::Loaded { .. } => {
                 return self.emit_loaded(observation, fact, assessment, baseline, now, effects);
             }
@@ -407,6 +384,48 @@ impl State {
         for observation in self.unannounced.take(container) {
             self.judge(&observation, now, effects);
         }
+    }
+}
+
+/// The evidence of an execution.
+pub(super) fn executed(fact: &FileFact) -> Option<Evidence<'_>> {
+    let FileFact::Executed {
+        path,
+        filesystem,
+        state,
+        lower,
+        process,
+        invoked_as,
+        layer_file,
+        writer,
+        ..
+    } = fact
+    else {
+        return None;
+    };
+    Some(Evidence {
+        path: Some(path),
+        filesystem: *filesystem,
+        state: Some(state),
+        lower: lower.as_ref(),
+        process: Some(process),
+        writer: writer.as_deref(),
+        invoked_as: invoked_as.as_deref(),
+        detail: layer_file.is_some().then_some(IN_LAYER),
+        ..Evidence::default()
+    })
+}
+
+/// What matters of an observation although its content may be the image's.
+pub(super) fn sensitive<'a>(
+    policy: &'a Policy,
+    entry: &'a Entry,
+    observation: &'a Observation,
+) -> Sensitive<'a> {
+    Sensitive {
+        persistence: &policy.persistence,
+        entry_point: &entry.baseline.entry_point,
+        reached_as: observation.reached_as.as_ref(),
     }
 }
 

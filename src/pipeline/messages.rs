@@ -10,7 +10,7 @@ use crate::containerd::RuntimeEvent;
 use crate::history::Record;
 use crate::model::{ChainId, Container, Finding, ImageReference};
 use crate::respond::{Response, ResponseRequest};
-use crate::watch::{SensorCommand, SensorEvent};
+use crate::watch::{Decision, Question, SensorCommand, SensorEvent};
 
 /// Everything that can make the loop do something. The list is closed: this enum shows all
 /// that driftd reacts to.
@@ -21,6 +21,8 @@ pub enum Input {
     /// such an image is known.
     Baseline(BaselineEvent, ImageReference),
     Sensor(SensorEvent),
+    /// An execution waits for a decision.
+    Question(Box<Question>),
     Request(ApiRequest),
     Response(Response),
     /// The history begins anew: it needs everything that is known.
@@ -38,6 +40,11 @@ pub enum Effect {
     CollectBaselines(HashSet<ChainId>),
     Record(Record),
     Respond(ResponseRequest),
+    /// Answers an execution that waits under this number.
+    Decide {
+        number: u64,
+        decision: Decision,
+    },
 }
 
 impl Effect {

@@ -31,6 +31,7 @@ mod losses;
 mod messages;
 mod node;
 mod process_kills;
+mod questions;
 mod requests;
 mod responses;
 mod run;

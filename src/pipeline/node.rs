@@ -82,6 +82,7 @@ impl State {
             effects.push(Effect::Command(SensorCommand::Trust { container, trust }));
         }
         send_entry_point(id, self.inventory.entry(id), effects);
+        self.enforce(id, false, now, effects);
         self.started_again(id, now, effects);
     }
 
@@ -122,6 +123,7 @@ impl State {
         if matches!(entry.baseline.state, BaselineState::Failed(..) | BaselineState::None(_)) {
             self.misses_baseline(&id, now);
         }
+        self.enforce(&id, false, now, effects);
         self.started_again(&id, now, effects);
     }
 

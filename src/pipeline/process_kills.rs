@@ -1,10 +1,10 @@
-//! Kills of processes for one finding: a program that is started again and again is killed again
-//! and again. The first kill has a record of its own; the others are recorded together, with
-//! their number. Pure.
+//! Kills of processes and denied executions for one finding: a program that is started again and
+//! again is killed or denied again and again. The first one has a record of its own; the others
+//! are recorded together, with their number. Pure.
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::model::Outcome;
+use crate::model::{Answer, ContainerId, FindingId, Outcome};
 use crate::respond::Response;
 
 /// They are recorded once in this time.
@@ -24,7 +24,14 @@ pub(super) struct ProcessKills {
     last: Response,
 }
 
+/// What is recorded together: all of one action for one finding.
+pub(super) type Key = (ContainerId, Option<FindingId>, String);
+
 impl ProcessKills {
+    pub(super) fn key(response: &Response) -> Key {
+        (response.container.clone(), response.finding, response.outcome.action.clone())
+    }
+
     /// The first one has a record of its own.
     pub(super) fn begun(first: &Response, now: Timestamp) -> ProcessKills {
         let total = u64::from(first.outcome.succeeded);
@@ -64,11 +71,13 @@ impl ProcessKills {
             return None;
         }
         let mut response = self.last.clone();
-        response.outcome.message = format!(
-            "since {}: {killed} more processes killed, {gone} had ended before, {failed} failed; \
-             the last one: {}",
-            self.recorded, response.outcome.message
-        );
+        let what = if response.outcome.action == Answer::Deny.name() {
+            format!("{killed} more executions denied")
+        } else {
+            format!("{killed} more processes killed, {gone} had ended before, {failed} failed")
+        };
+        let last = &response.outcome.message;
+        response.outcome.message = format!("since {}: {what}; the last one: {last}", self.recorded);
         response.outcome.succeeded = killed > 0;
         response.outcome.gone = failed == 0 && killed == 0;
         (self.recorded, self.killed, self.gone, self.failed) = (now, 0, 0, 0);

@@ -28,6 +28,9 @@ const LONGEST_PAUSE: SignedDuration = SignedDuration::from_secs(300);
 /// asked for and recorded again.
 const REFUSED: SignedDuration = SignedDuration::from_secs(60);
 const MOST_REFUSED: SignedDuration = SignedDuration::from_secs(600);
+/// The outcome of a denial.
+const DENIED: &str = "not executed: execve(2) failed with EPERM";
+
 /// Where something happened: the run of the container and the process.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Actor {
@@ -35,13 +38,15 @@ pub(super) struct Actor {
     pub(super) init: Option<ProcessIdentity>,
     /// The process that did it, if one is known.
     pub(super) process: Option<ProcessIdentity>,
+    /// It was about to run a program, and was refused that.
+    pub(super) is_denied: bool,
 }
 
 impl Actor {
     pub(super) fn of(emission: &Emission<'_>) -> Actor {
         let Emission { observation, evidence, .. } = *emission;
         let process = evidence.process.map(|process| process.identity);
-        Actor { init: Some(observation.init), process }
+        Actor { init: Some(observation.init), process, is_denied: observation.is_denied() }
     }
 }
 
@@ -59,7 +64,11 @@ impl State {
     /// kept.
     pub(super) fn respond(&mut self, cause: &Cause<'_>, now: Timestamp, effects: &mut Vec<Effect>) {
         for answer in cause.verdict.answers.iter().filter(|answer| !answer.dry_run) {
-            self.answer(cause, answer, now, effects);
+            if answer.action == Answer::Deny && cause.actor.is_denied {
+                self.record_denial(cause, &answer.rule, now, effects);
+            } else {
+                self.answer(cause, answer, now, effects);
+            }
         }
     }
 
@@ -71,7 +80,10 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let Cause { container, actor, kind, finding, .. } = *cause;
-        let action = answer.action;
+        // It runs nevertheless: nothing was asked, no answer came in time, or its content was
+        // changed after it was read.
+        let is_denial = answer.action == Answer::Deny;
+        let action = if is_denial { Answer::KillProcess } else { answer.action };
         let process = actor.process.filter(|_| action == Answer::KillProcess);
         let (number, limits) = (self.ticket(), self.policy.limits);
         let Some(entry) = self.inventory.get_mut(container) else { return };
@@ -137,6 +149,51 @@ impl State {
                 }
                 self.refuse(container, &answering, refusal, now, effects);
             }
+        }
+    }
+
+    /// Records that a program was not executed.
+    fn record_denial(
+        &mut self,
+        cause: &Cause<'_>,
+        rule: &str,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Cause { container, actor, kind, finding, .. } = *cause;
+        let Some(entry) = self.inventory.get(container) else { return };
+        let incarnation =
+            actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
+        let (pod, image) = workload_of(entry);
+        let mut response = Response {
+            ticket: 0,
+            container: container.clone(),
+            incarnation,
+            process: actor.process,
+            pod,
+            image,
+            changed: true,
+            reason: format!("{kind} {finding}"),
+            requested_by: requested_by(rule),
+            requested_at: now,
+            finding: Some(finding),
+            outcome: Outcome {
+                action: Answer::Deny.name().to_owned(),
+                succeeded: true,
+                gone: false,
+                message: DENIED.to_owned(),
+                restarter: None,
+                at: now,
+            },
+        };
+        self.count_process_kill(&mut response);
+        let outcome = response.outcome.clone();
+        self.record_response(response, now, effects);
+        let entry = self.inventory.get_mut(container);
+        if let Some(finding) = entry.and_then(|entry| entry.findings.get_mut(&finding)) {
+            finding.outcome = Some(outcome);
+            finding.revision += 1;
+            effects.push(Effect::finding(finding));
         }
     }
 
@@ -226,7 +283,8 @@ impl State {
                         breaker.resume(Some(rule));
                     }
                 }
-                action if outcome.succeeded => {
+                // A denial ends nothing.
+                action if outcome.succeeded && action != Answer::Deny.name() => {
                     let Some(rule) = rule_of(&requested_by) else { continue };
                     let is_init = |process: ProcessIdentity| {
                         incarnation.is_some_and(|run| run.pid == process.pid)
@@ -399,7 +457,7 @@ impl State {
 
     /// Records a response. The kills of processes for one finding may be very many.
     fn record_response(&mut self, response: Response, now: Timestamp, effects: &mut Vec<Effect>) {
-        let key = (response.container.clone(), response.finding);
+        let key = ProcessKills::key(&response);
         if response.process.is_some() && rule_of(&response.requested_by).is_some() {
             if let Some(kills) = self.responses.processes.get_mut(&key) {
                 kills.count(response);
@@ -413,7 +471,7 @@ impl State {
 
     /// Says in an outcome how many processes were killed for its finding.
     fn count_process_kill(&self, response: &mut Response) {
-        let key = (response.container.clone(), response.finding);
+        let key = ProcessKills::key(response);
         if response.process.is_some()
             && response.outcome.succeeded
             && let Some(kills) = self.responses.processes.get(&key)

@@ -20,11 +20,13 @@ use crate::history::{self, Reader, Record};
 use crate::model::{FindingId, ImageReference, LayerId};
 use crate::respond::{Response, ResponseRequest, TOO_MANY};
 use crate::threads;
-use crate::watch::{SensorCommand, SensorEvent};
+use crate::watch::{Decisions, Question, SensorCommand, SensorEvent};
 
 /// The channels from which the loop receives.
 #[derive(Clone, Debug)]
 pub struct Inputs {
+    /// Executions that wait for a decision.
+    pub questions: Receiver<Box<Question>>,
     pub runtime_events: Receiver<RuntimeEvent>,
     pub sensor_events: Receiver<Box<SensorEvent>>,
     pub baseline_events: Receiver<BaselineEvent>,
@@ -43,7 +45,12 @@ pub struct Outputs {
     pub recorder: Recorder,
     pub records: Sender<Record>,
     pub response_requests: tokio::sync::mpsc::Sender<ResponseRequest>,
+    /// Where the decisions about executions go, if any wait.
+    pub decisions: Option<Decisions>,
 }
+
+/// How many executions are decided about before anything else has its turn.
+const QUESTIONS_IN_A_ROW: u32 = 32;
 
 /// The loop sleeps no longer than this: after a clock was set back, the time until something
 /// is due seems longer than it is.
@@ -87,6 +94,8 @@ fn run_until_stopped(
 ) -> Result<Ended, history::Error> {
     // A channel whose senders are gone is closed here. The loop goes on.
     let mut open = inputs.clone();
+    let (mut first_questions, no_question) = (inputs.questions.clone(), crossbeam_channel::never());
+    let mut in_a_row = 0;
     loop {
         let due = match state.next_due() {
             Some(due) => {
@@ -96,11 +105,18 @@ fn run_until_stopped(
             }
             None => crossbeam_channel::never(),
         };
-        // Biased: a new container must be marked within milliseconds, however many
-        // observations wait.
+        // Biased: processes wait for decisions, and a new container must be marked within
+        // milliseconds, however many observations wait. Each process that waits asks once, and
+        // few of one container wait; still they take turns with all others.
+        let questions = if in_a_row < QUESTIONS_IN_A_ROW { &first_questions } else { &no_question };
+        let mut is_closed = false;
         let input = threads::idle(|| {
             crossbeam_channel::select_biased! {
                 recv(inputs.stop) -> _ => None,
+                recv(questions) -> question => {
+                    is_closed = question.is_err();
+                    Some(question.ok().map(Input::Question))
+                }
                 recv(open.runtime_events) -> event => {
                     Some(received(event, &mut open.runtime_events).map(Input::Runtime))
                 }
@@ -123,9 +139,17 @@ fn run_until_stopped(
                     event.iter().for_each(|_| threads::took());
                     Some(event.map(|event| Input::Sensor(*event)))
                 }
+                recv(open.questions) -> question => {
+                    in_a_row = 0;
+                    Some(received(question, &mut open.questions).map(Input::Question))
+                }
             }
         });
         let Some(input) = input else { return Ok(Ended::Stopped) };
+        if is_closed {
+            first_questions = crossbeam_channel::never();
+        }
+        in_a_row = if let Some(Input::Question(_)) = input { in_a_row + 1 } else { 0 };
         if let Some(input) = input
             && !carrier.react(state, history, input)?
         {
@@ -202,6 +226,8 @@ fn queued(inputs: &Inputs, recorder: &Recorder) -> Option<Input> {
         requests,
         responses,
         history_begun,
+        // The gate is closed by now: no execution waits any more.
+        questions: _,
         stop: _,
     } = inputs;
     let baseline = || Some(baseline_input(baseline_events.try_recv().ok()?, recorder));
@@ -348,6 +374,9 @@ impl Carrier<'_> {
                     self.dropped += 1;
                     return Carried::Nowhere;
                 }
+            }
+            Effect::Decide { number, decision } => {
+                outputs.decisions.iter().for_each(|to| to.decide(number, decision));
             }
             Effect::Respond(request) => match outputs.response_requests.try_send(request) {
                 // If `respond` has ended, the request is given up at the end.

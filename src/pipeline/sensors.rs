@@ -4,11 +4,12 @@
 use jiff::Timestamp;
 
 use super::gaps::{Gap, Until};
+use super::judge::sensitive;
 use super::losses::record_closed;
 use super::messages::Effect;
 use super::requests::Difference;
 use super::state::State;
-use crate::detect::{self, Sensitive};
+use crate::detect;
 use crate::health::Failure;
 use crate::inventory::{BaselineState, WatchState};
 use crate::model::{ContainerId, Fact, FileFact, Observation};
@@ -29,6 +30,7 @@ impl State {
         match event {
             SensorEvent::Attached { container, pid, before_start } => {
                 self.attached(&container, pid, before_start);
+                self.enforce(&container, true, now, effects);
             }
             SensorEvent::NotAttached { container, pid, reason } => {
                 if let Some(entry) = self.inventory.get_mut(&container)
@@ -161,11 +163,7 @@ impl State {
         };
         let Fact::File(fact) = &observation.fact else { return };
         let (FileFact::Present { path, .. } | FileFact::Absent { path, .. }) = fact else { return };
-        let sensitive = Sensitive {
-            persistence: &self.policy.persistence,
-            entry_point: &entry.baseline.entry_point,
-            reached_as: observation.reached_as.as_ref(),
-        };
+        let sensitive = sensitive(&self.policy, entry, observation);
         let assessment = detect::assess(baseline, sensitive, fact);
         pending.add(Difference {
             path: path.clone(),

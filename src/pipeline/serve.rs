@@ -42,6 +42,7 @@ impl State {
             ApiRequest::SetPolicy(policy) => {
                 let generation = self.policy.generation + 1;
                 self.policy = Policy { generation, ..*policy };
+                self.enforce_all(now, effects);
             }
             ApiRequest::PolicyRefused(why) => self.policy.refused = Some(why),
             ApiRequest::Policy(reply) => {

@@ -14,7 +14,7 @@ use super::diffs::PendingDiff;
 use super::endpoints::Endpoints;
 use super::gaps::{Gap, Gaps, Until};
 use super::messages::{Effect, Input};
-use super::process_kills::ProcessKills;
+use super::process_kills::{self, ProcessKills};
 use super::requests::LookupError;
 use super::sessions::Sessions;
 use super::unannounced::Unannounced;
@@ -55,7 +55,7 @@ pub(super) struct Responses {
     /// Containers with a response that has failed. It may be requested again.
     pub(super) failed: HashSet<ContainerId>,
     /// Kills of processes that are recorded together.
-    pub(super) processes: HashMap<(ContainerId, Option<FindingId>), ProcessKills>,
+    pub(super) processes: HashMap<process_kills::Key, ProcessKills>,
     pub(super) breaker: Breaker,
 }
 
@@ -138,6 +138,7 @@ impl State {
             Input::Runtime(event) => self.runtime_event(event, now, effects),
             Input::Baseline(event, image) => self.baseline_event(event, image, now, effects),
             Input::Sensor(event) => self.sensor_event(event, now, effects),
+            Input::Question(question) => self.question(&question, now, effects),
             Input::Request(request) => self.serve(request, now, effects),
             Input::Response(response) => self.response_ended(response, now, effects),
             Input::HistoryBegun => self.record_everything(effects),

@@ -39,6 +39,7 @@ mod layers;
 mod limits;
 mod losses;
 mod node;
+mod questions;
 mod quiet;
 mod requests;
 mod responses;
@@ -140,6 +141,7 @@ impl Node {
                 Effect::Record(Record::Response(response)) => self.responses.push(*response),
                 Effect::Record(Record::Gap { name, .. }) => self.gaps.push(name),
                 Effect::Respond(request) => self.requests.push(request),
+                Effect::Decide { .. } => unreachable!("no question was asked"),
             }
         }
     }
@@ -576,6 +578,7 @@ fn exec(path: RootfsPath, content: &str) -> Fact {
         path,
         filesystem: Filesystem::Overlay,
         running: false,
+        denied: false,
         times: 1,
         state: state_of(content),
         lower: None,

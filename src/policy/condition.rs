@@ -258,6 +258,20 @@ impl Program {
 }
 
 impl Condition {
+    /// Whether it is about the container alone.
+    pub(super) fn is_of_container(&self) -> bool {
+        matches!(
+            self,
+            Condition::Image(_)
+                | Condition::Container(_)
+                | Condition::Namespace(_)
+                | Condition::PodNamespace(_)
+                | Condition::Pod(_)
+                | Condition::Label { .. }
+                | Condition::Runtime(_)
+        )
+    }
+
     /// The key of the rule.
     pub(super) fn key(&self) -> &'static str {
         match self {

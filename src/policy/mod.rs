@@ -22,6 +22,7 @@ mod tests;
 mod text;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -32,8 +33,8 @@ pub use self::parse::{Loaded, parse};
 pub use self::rule::{Effect, Place, Rule};
 pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
 pub use self::source::{Fault, PolicyFile, Refused};
-use crate::config::{Config, Enforce};
-use crate::model::{Disposition, Kind, PathGlobs, RuleAnswer, Severity, Verdict};
+use crate::config::{Config, ContainerMode, Enforce, OnDoubt};
+use crate::model::{Disposition, Finding, Kind, PathGlobs, RuleAnswer, Severity, Verdict};
 
 /// The JSON Schema of a policy file.
 pub fn schema() -> serde_json::Value {
@@ -50,6 +51,10 @@ pub struct Policy {
     pub generation: u64,
     pub rules: Arc<RuleSet>,
     pub enforce: Enforce,
+    /// What containers may set for themselves by a label.
+    pub container_modes: Vec<ContainerMode>,
+    /// What happens to executions that wait for a decision.
+    pub deny: Deny,
     /// The name and the hash of the policy files.
     pub version: Option<String>,
     pub digest: Option<String>,
@@ -68,6 +73,20 @@ pub struct Policy {
     /// a command that comes again and again is a probe.
     pub probe_patience: SignedDuration,
 }
+
+/// What happens to an execution that rules may deny, and about which nothing can be decided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Deny {
+    /// How long it waits for a decision.
+    pub deadline: Duration,
+    /// It is denied if the decision does not come in time.
+    pub on_timeout: bool,
+    /// It is denied while the container's baseline is not known.
+    pub on_unknown: bool,
+}
+
+/// The label by which a container sets whether answers are carried out in it.
+const MODE_LABEL: &str = "driftd.io/mode";
 
 /// What happens to a finding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +107,12 @@ impl Policy {
             generation: 1,
             rules: Arc::new(rules),
             enforce: config.policy.enforce,
+            container_modes: config.policy.container_modes.clone(),
+            deny: Deny {
+                deadline: config.policy.deny_deadline,
+                on_timeout: config.policy.on_timeout == OnDoubt::Deny,
+                on_unknown: config.policy.on_unknown == OnDoubt::Deny,
+            },
             version: loaded.and_then(|loaded| loaded.version.clone()),
             digest: loaded.and_then(|loaded| loaded.digest.clone()),
             files: loaded.map(|loaded| Arc::clone(&loaded.files)).unwrap_or_default(),
@@ -137,6 +162,33 @@ impl Policy {
         Policy { enforce: Enforce::On, ..Policy::of(&Config::default(), Some(loaded)) }
     }
 
+    /// Whether a rule may deny an execution in the container of this finding.
+    pub fn may_deny(&self, in_container: &Finding, now: Timestamp) -> bool {
+        let severity = in_container.severity;
+        let finding = in_container;
+        let subject = Subject { finding, severity, session: None, may_be_of_session: false };
+        let mut rules = self.rules.may_deny(&subject, now);
+        rules.any(|rule| self.enforcement(rule.enforce, in_container) == Enforce::On)
+    }
+
+    /// Whether an answer in the container of a finding is carried out. The settings of the node
+    /// can switch all off, and a container can be set to report only.
+    fn enforcement(&self, of_rule: Option<Enforce>, finding: &Finding) -> Enforce {
+        if self.enforce == Enforce::Off {
+            return Enforce::Off;
+        }
+        let label = || finding.container.as_ref()?.labels.get(MODE_LABEL);
+        let mode = self.container_modes.iter().find(|mode| {
+            // Without the setting, labels are not looked at.
+            label().is_some_and(|label| label == mode.name())
+        });
+        match mode {
+            Some(ContainerMode::Report) => of_rule.unwrap_or(self.enforce).min(Enforce::DryRun),
+            Some(ContainerMode::Enforce) => of_rule.unwrap_or(Enforce::On),
+            None => of_rule.unwrap_or(self.enforce),
+        }
+    }
+
     pub fn decide(&self, subject: &Subject<'_>, now: Timestamp) -> Decision {
         let matched = self.rules.decide(subject, now);
         let text = |id: &Arc<str>| id.to_string();
@@ -151,7 +203,10 @@ impl Policy {
             verdict.rule = Some(text(rule));
         }
         let answers = matched.answers.iter().filter_map(|(action, asked)| {
-            let enforce = if asked.always_enforced { Enforce::On } else { self.enforce };
+            let enforce = match asked.always_enforced {
+                true => Enforce::On,
+                false => self.enforcement(asked.enforce, subject.finding),
+            };
             let dry_run = enforce == Enforce::DryRun;
             let answer = RuleAnswer { action: *action, rule: text(&asked.rule), dry_run };
             (enforce != Enforce::Off).then_some(answer)

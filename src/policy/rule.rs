@@ -7,7 +7,8 @@ use jiff::civil::Date;
 use jiff::tz::TimeZone;
 
 use super::condition::{Condition, conditions};
-use super::text::{AnswerText, EffectText, RuleText, SessionText};
+use super::text::{AnswerText, EffectText, EnforceText, MatchText, RuleText, SessionText};
+use crate::config::Enforce;
 use crate::model::{Answer, Kind, Severity};
 
 /// The longest ID of a rule, and the longest reason.
@@ -41,6 +42,8 @@ pub struct Rule {
     pub pinned: bool,
     /// Its answers are carried out whatever `policy.enforce` says.
     pub always_enforced: bool,
+    /// Whether they are carried out, if that is not for `policy.enforce` to say.
+    pub enforce: Option<Enforce>,
     pub place: Place,
     pub(super) conditions: Vec<Condition>,
 }
@@ -60,6 +63,7 @@ impl Rule {
             severity,
             answer,
             pinned,
+            enforce,
             reproduce,
             conditions: of,
         } = text;
@@ -85,6 +89,12 @@ impl Rule {
         if is_exception && pinned {
             return Err("`pinned` is for rules that no exception overrides".to_owned());
         }
+        if is_exception && enforce.is_some() {
+            return Err("`enforce` is for rules with answers".to_owned());
+        }
+        if answer.contains(&AnswerText::Deny) {
+            check_denies(&of)?;
+        }
         let expires = match expires {
             None if is_exception => {
                 return Err("`expires` is missing: a date, or \"never\"".to_owned());
@@ -93,6 +103,7 @@ impl Rule {
             Some(value) => end(&value)?,
         };
         let answers = answer.into_iter().map(|answer| match answer {
+            AnswerText::Deny => Answer::Deny,
             AnswerText::KillProcess => Answer::KillProcess,
             AnswerText::Pause => Answer::Pause,
             AnswerText::Kill => Answer::Kill,
@@ -106,6 +117,11 @@ impl Rule {
             answers: answers.collect(),
             pinned,
             always_enforced: false,
+            enforce: enforce.map(|enforce| match enforce {
+                EnforceText::Off => Enforce::Off,
+                EnforceText::DryRun => Enforce::DryRun,
+                EnforceText::On => Enforce::On,
+            }),
             place,
             conditions: conditions(of, is_exception)?,
         })
@@ -123,6 +139,7 @@ impl Rule {
             answers: vec![Answer::Kill],
             pinned: false,
             always_enforced: true,
+            enforce: None,
             place: Place { file: "driftd.toml".into(), line: 0 },
             conditions: vec![Condition::Kind(kinds)],
         })
@@ -140,6 +157,25 @@ impl Rule {
     pub fn is_exception(&self) -> bool {
         self.effect == Effect::Accept
     }
+}
+
+/// Whether a rule with these conditions can deny anything.
+fn check_denies(of: &MatchText) -> Result<(), String> {
+    if !of.argv.is_empty() {
+        return Err(
+            "`deny` does not go with `argv`: the arguments are not known before the program \
+                    runs (kill-process ends it when they are)"
+                .to_owned(),
+        );
+    }
+    let kinds: Vec<Kind> =
+        of.kind.iter().flat_map(|name| Kind::named_by(name).unwrap_or_default()).collect();
+    if !kinds.is_empty() && !kinds.iter().any(|kind| kind.is_run()) {
+        return Err("`deny` is for code that is run: `kind` names none of exec.* and \
+                    library.loaded"
+            .to_owned());
+    }
+    Ok(())
 }
 
 /// What holds for the rules of a profile beside what holds for all.

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 
 use super::condition::{Condition, Content, Subject};
 use super::rule::{Effect, Rule};
+use crate::config::Enforce;
 use crate::model::{Answer, Kind, Severity};
 
 /// The most rules of one set.
@@ -49,6 +50,7 @@ pub struct Matched {
 pub struct Asked {
     pub rule: Arc<str>,
     pub always_enforced: bool,
+    pub enforce: Option<Enforce>,
 }
 
 /// Why a rule does not match a finding.
@@ -122,6 +124,20 @@ impl RuleSet {
         self.of_kind(kind).any(|rule| !rule.answers.is_empty() && !rule.is_expired(now))
     }
 
+    /// Rules that may deny something in the container of this finding.
+    pub fn may_deny<'a>(
+        &'a self,
+        subject: &'a Subject<'_>,
+        now: Timestamp,
+    ) -> impl Iterator<Item = &'a Rule> {
+        self.rules.iter().filter(move |rule| {
+            let of_container = rule.conditions.iter().filter(|it| it.is_of_container());
+            rule.answers.contains(&Answer::Deny)
+                && !rule.is_expired(now)
+                && of_container.into_iter().all(|condition| condition.holds(subject))
+        })
+    }
+
     fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Rule> {
         let rules = self.index.kinds.get(kind as usize);
         rules.into_iter().flat_map(FixedBitSet::ones).map(|number| &self.rules[number])
@@ -158,7 +174,11 @@ impl RuleSet {
             }
             for answer in &rule.answers {
                 let always_enforced = rule.always_enforced;
-                let asked = Asked { rule: Arc::clone(&rule.id), always_enforced };
+                if *answer == Answer::Deny && !subject.finding.kind.is_run() {
+                    continue;
+                }
+                let (rule, enforce) = (Arc::clone(&rule.id), rule.enforce);
+                let asked = Asked { rule, always_enforced, enforce };
                 let count = matched.answers.iter().filter(|(known, _)| known == answer).count();
                 // The answers of one rule may be stopped: then another one answers.
                 if count < MOST_ASKING || always_enforced {

@@ -925,3 +925,41 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn denial_is_for_what_is_run_and_by_what_is_known_before() {
+    let fault = |answer: &str, conditions: &str| {
+        let text = rule("x", &format!("{REPORT}\nanswer = [\"{answer}\"]"), conditions);
+        parse(Path::new("/p"), vec![file("a.toml", &text)]).err().map(|err| err.to_string())
+    };
+    assert_eq!(fault("deny", "kind = [\"exec.*\"]"), None);
+    assert_eq!(fault("deny", "path = [\"/tmp/**\"]"), None);
+    assert_eq!(fault("kill-process", "argv = [\"curl *\"]"), None);
+    for (conditions, expected) in [
+        ("argv = [\"curl *\"]", "`deny` does not go with `argv`"),
+        ("kind = [\"file.*\"]", "`deny` is for code that is run"),
+    ] {
+        let fault = fault("deny", conditions).expect(conditions);
+        assert!(fault.contains(expected), "{fault}");
+    }
+    let text = rule("x", &format!("{ACCEPT}\nenforce = \"on\""), "path = [\"/tmp/**\"]");
+    let fault = parse(Path::new("/p"), vec![file("a.toml", &text)]).unwrap_err().to_string();
+    assert!(fault.contains("`enforce` is for rules with answers"), "{fault}");
+}
+
+#[test]
+fn a_rule_may_be_enforced_or_rehearsed_by_itself_and_the_node_can_switch_all_off() {
+    for (node, of_rule, expected) in [
+        (Enforce::DryRun, "on", Some(false)),
+        (Enforce::On, "dry-run", Some(true)),
+        (Enforce::On, "off", None),
+        (Enforce::Off, "on", None),
+    ] {
+        let head = format!("{REPORT}\nanswer = [\"kill\"]\nenforce = \"{of_rule}\"");
+        let rules = loaded(&rule("x", &head, "kind = [\"exec.*\"]"));
+        let policy = Policy { enforce: node, ..Policy::of(&Config::default(), Some(&rules)) };
+        let verdict = policy.decide(&subject(&finding()), now()).verdict;
+        let dry_run = verdict.answers.first().map(|answer| answer.dry_run);
+        assert_eq!(dry_run, expected, "{node:?} {of_rule}");
+    }
+}

@@ -44,6 +44,9 @@ pub(super) struct RuleText {
     /// What is done about it. Not with `effect = "accept"`.
     #[serde(default)]
     pub(super) answer: Vec<AnswerText>,
+    /// Whether the answers of this rule are carried out; without it, as `policy.enforce` says.
+    /// With `policy.enforce = "off"`, no rule has an answer.
+    pub(super) enforce: Option<EnforceText>,
     /// How to see what the rule is for. A rule of a profile needs it.
     pub(super) reproduce: Option<String>,
     /// The rule stands above exceptions: what it matches is never accepted.
@@ -69,12 +72,25 @@ pub(super) enum EffectText {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum AnswerText {
+    /// The program is not executed. What has run nevertheless is killed.
+    Deny,
     /// It kills the process that did it.
     KillProcess,
     /// It freezes the container.
     Pause,
     /// It kills the container.
     Kill,
+}
+
+/// Whether the answers of a rule are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum EnforceText {
+    /// They are left out.
+    Off,
+    /// They are recorded with the finding, and not carried out.
+    DryRun,
+    On,
 }
 
 /// For the schema only.

@@ -26,7 +26,7 @@ use crate::model::{
 use crate::pipeline::{ApiRequest, Effect, Input, State};
 use crate::policy::Policy;
 use crate::respond::{self, Response, ResponseRequest, Runtime};
-use crate::watch::{SensorCommand, SensorEvent};
+use crate::watch::{Decision, Question, SensorCommand, SensorEvent};
 
 /// What a replay has made happen, in its order.
 #[derive(Debug)]
@@ -188,6 +188,8 @@ impl<'a> Node<'a> {
                 Vec::new()
             }
             Effect::Respond(request) => self.respond(&request),
+            // Asked for in `asked` alone.
+            Effect::Decide { .. } => Vec::new(),
         }
     }
 
@@ -204,6 +206,7 @@ impl<'a> Node<'a> {
             }
             SensorCommand::Detach { .. }
             | SensorCommand::Trust { .. }
+            | SensorCommand::Enforce { .. }
             | SensorCommand::EntryPoint { .. }
             | SensorCommand::Terminal { .. }
             | SensorCommand::Judged { .. } => None,
@@ -299,8 +302,26 @@ impl<'a> Node<'a> {
             }
             observed => self.observed(observed)?,
         };
+        let input = self.asked(input);
         self.give(input);
         Ok(())
+    }
+
+    /// Asks for a decision about an execution, as the gate does before it runs.
+    fn asked(&mut self, input: Input) -> Input {
+        let Input::Sensor(SensorEvent::Observed(mut observation)) = input else { return input };
+        if matches!(observation.fact, Fact::File(FileFact::Executed { .. })) {
+            let mut effects = Vec::new();
+            let question = Question { number: 0, observation: observation.clone() };
+            self.state.handle(Input::Question(Box::new(question)), self.now, &mut effects);
+            let is_denied = effects
+                .iter()
+                .any(|effect| matches!(effect, Effect::Decide { decision: Decision::Deny, .. }));
+            if let Fact::File(FileFact::Executed { denied, .. }) = &mut observation.fact {
+                *denied = is_denied;
+            }
+        }
+        Input::Sensor(SensorEvent::Observed(observation))
     }
 
     /// Lets time pass, with everything that becomes due in it.
@@ -498,7 +519,7 @@ impl<'a> Node<'a> {
             }
             Expectation::Response { action, container, succeeded } => {
                 let is_it = |response: &Response| {
-                    response.outcome.action == action.name()
+                    response.outcome.action == *action
                         && response.container.named_by(container).is_some()
                         && response.outcome.succeeded == *succeeded
                 };
@@ -629,6 +650,7 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
             path,
             filesystem,
             running: false,
+            denied: false,
             times: step.times,
             state,
             lower: None,

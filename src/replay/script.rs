@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::config::{self, Config};
 use crate::health::Failure;
-use crate::model::{Disposition, Entry, Filesystem, Format, Kind, RootfsPath, Severity};
+use crate::model::{Answer, Disposition, Entry, Filesystem, Format, Kind, RootfsPath, Severity};
 use crate::policy::{self, Loaded, PolicyFile};
 use crate::respond::Action;
 
@@ -155,7 +155,7 @@ pub(super) enum Expectation {
     Finding(Pattern),
     NoFinding(Pattern),
     Response {
-        action: Action,
+        action: &'static str,
         container: String,
         succeeded: bool,
     },
@@ -278,7 +278,7 @@ impl<'a> Words<'a> {
         for word in words {
             match word.split_once('=') {
                 // A path may hold the sign.
-                Some((name, value)) if !name.contains('/') => {
+                Some((name, value)) if !name.contains('/') || name.starts_with("label.") => {
                     if options.insert(name, value).is_some() {
                         return Err(format!("`{name}` stands there twice"));
                     }
@@ -428,6 +428,16 @@ impl<'a> Words<'a> {
         one_of(self.word("the name of a loss")?, &Failure::ALL, Failure::name)
     }
 
+    /// The action of a response. Only rules deny.
+    fn responded(&mut self) -> Result<&'static str, String> {
+        let deny = Answer::Deny.name();
+        if self.placed.last() == Some(&deny) {
+            self.placed.pop();
+            return Ok(deny);
+        }
+        self.response().map(Action::name)
+    }
+
     fn response(&mut self) -> Result<Action, String> {
         let all = [Action::KillProcess, Action::Kill, Action::Pause, Action::Resume];
         one_of(self.word("a response")?, &all, Action::name)
@@ -471,7 +481,7 @@ impl<'a> Words<'a> {
             "complete" => Expectation::Complete(true),
             "incomplete" => Expectation::Complete(false),
             "response" => Expectation::Response {
-                action: self.response()?,
+                action: self.responded()?,
                 container: self.next("a container")?,
                 succeeded: self.option("succeeded")?.unwrap_or(true),
             },

@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use self::control::arm::Scope;
-pub use self::core::message::{Error, SensorCommand, SensorEvent};
+pub use self::core::message::{Error, Question, SensorCommand, SensorEvent};
 pub use self::core::trust::{Trust, Verdict};
 pub use self::exec::recorder::Executions;
 pub use self::exec::self_test::{Distrust, try_free_gate};
@@ -53,6 +53,7 @@ use self::core::fair;
 use self::core::shared::{Core, STOP_GRACE};
 use self::exec::described::Described;
 use self::exec::gate::Arrivals;
+use self::exec::questions::{self, Asking};
 use self::exec::recorder::Recorder;
 use self::exec::shared::Exec;
 use self::exec::take::{Entrance, Take, Taken};
@@ -70,6 +71,7 @@ use self::process::shared::Processes;
 use self::sessions::shared::Sessions;
 use self::sessions::{attachments, follow};
 use crate::config;
+pub use crate::gate::{Decision, Decisions, Undecided};
 use crate::gate::{Events, Gate, Marks, Stopper};
 use crate::health::{Backlogs, Failure, Health};
 use crate::model::ContainerId;
@@ -86,6 +88,7 @@ const CONTENT_QUEUE: usize = 1024;
 const LARGE_QUEUE: usize = 64;
 const PROCESS_QUEUE: usize = 8 * 1024;
 const COMMAND_QUEUE: usize = 1024;
+const QUESTION_QUEUE: usize = 1024;
 const ORDER_QUEUE: usize = 4 * 1024;
 const LIBRARY_QUEUE: usize = 16 * 1024;
 const INTERPRETER_QUEUE: usize = 4 * 1024;
@@ -106,6 +109,8 @@ pub struct Watch {
     stopper: Stopper,
     /// The gate holds no runtime invocation until a thread takes them.
     invocations: Option<Receiver<gate::Invocation>>,
+    questions: Receiver<Box<Question>>,
+    decisions: Decisions,
     gate_turns: Arc<AtomicU64>,
 }
 
@@ -133,6 +138,7 @@ impl Watch {
         Watch::start_with(settings, reports, health, gate, notifier)
     }
 
+    // Long: one line for each queue, each value that threads share, and each thread.
     /// Like [`start`](Watch::start); `notifier` reports new mounts.
     pub fn start_with(
         settings: &config::Watch,
@@ -157,7 +163,8 @@ impl Watch {
         let shared = Arc::new(Exec::new(Arc::new(Sessions::new(files.clone()))));
         let (commands, receive_commands) = bounded(COMMAND_QUEUE);
         let (orders, receive_orders) = bounded(ORDER_QUEUE);
-        let queues = Queues::new(files.clone());
+        let (ask, questions) = bounded(QUESTION_QUEUE);
+        let queues = Queues::new(files.clone(), ask);
 
         let mounts =
             Arc::new(marking::Mounts::new(files.processes.clone(), marks.clone(), notifier)?);
@@ -183,6 +190,8 @@ impl Watch {
             gate: child,
             stopper: gate_marks.stopper(),
             invocations: Some(receive_invocations),
+            questions,
+            decisions: events.decisions(),
             gate_turns: Arc::default(),
         };
         shared.set_stages(queues.stages());
@@ -290,6 +299,11 @@ impl Watch {
         (events, invocations): (Events, Sender<gate::Invocation>),
         exec_feed: Option<Arc<Group>>,
     ) -> Result<(), Error> {
+        let decisions = events.decisions();
+        let (ours, to, answer) = (self.shared.clone(), queues.questions.clone(), decisions.clone());
+        self.consume("questions", queues.asking.1.clone(), move |queue| {
+            questions::run(&ours, queue, &answer, &to);
+        })?;
         let shared = self.shared.clone();
         let arrivals = || Arrivals {
             shared: shared.clone(),
@@ -303,6 +317,7 @@ impl Watch {
             arrivals: arrivals(),
             events,
             invocations,
+            waiting: gate::Waiting::new(queues.asking.0.clone(), decisions),
             turns: self.gate_turns.clone(),
             losses: gate::Losses::default(),
         };
@@ -360,6 +375,11 @@ impl Watch {
 
     pub fn commands(&self) -> Sender<SensorCommand> {
         self.commands.clone()
+    }
+
+    /// The executions that wait for a decision, and where it is sent.
+    pub fn questions(&self) -> (Receiver<Box<Question>>, Decisions) {
+        (self.questions.clone(), self.decisions.clone())
     }
 
     /// The gate's process.
@@ -502,13 +522,15 @@ struct Queues {
     described: Ends<Described>,
     large: Ends<Described>,
     processes: Ends<Box<Seen>>,
+    asking: Ends<Asking>,
+    questions: Sender<Box<Question>>,
     unseen: Ends<Box<Unseen>>,
     loadings: Ends<Box<Loading>>,
     started: Ends<Box<Started>>,
 }
 
 impl Queues {
-    fn new(files: Arc<Files>) -> Queues {
+    fn new(files: Arc<Files>, questions: Sender<Box<Question>>) -> Queues {
         let limit = content_queue();
         let (take, content, taken) = take::new(files, limit);
         Queues {
@@ -519,6 +541,8 @@ impl Queues {
             described: fair::channel(limit),
             large: fair::channel(LARGE_QUEUE),
             processes: fair::channel(PROCESS_QUEUE),
+            asking: fair::channel(limit),
+            questions,
             unseen: fair::channel(PROCESS_QUEUE),
             loadings: fair::channel(LIBRARY_QUEUE),
             started: fair::channel(INTERPRETER_QUEUE),
@@ -533,6 +557,7 @@ impl Queues {
             ("content", self.described.1.waits()),
             ("large", self.large.1.waits()),
             ("processes", self.processes.1.waits()),
+            ("questions", self.asking.1.waits()),
             ("unseen", self.unseen.1.waits()),
             ("libraries", self.loadings.1.waits()),
             ("interpreters", self.started.1.waits()),

@@ -15,6 +15,7 @@ mod code;
 mod commands;
 mod corpus;
 mod cri;
+mod deny;
 mod docker;
 mod door;
 mod drift;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         sources::tests(),
         aggregation::tests(),
         answers::tests(),
+        deny::tests(),
         proof::tests(),
         restarts::tests(),
         recording::tests(),

@@ -2,7 +2,7 @@
 //! linker that made it, or the process that runs it. Pure. What only its place decides on is
 //! in `files`.
 
-use super::group::{Candidate, Common, Group, is_run};
+use super::group::{Candidate, Common, Group};
 use super::packages::{is_images_own, transaction_id};
 use crate::baseline::ImageBaseline;
 use crate::inventory::{Aspect, Entry, Reported, Unpacking};
@@ -187,8 +187,8 @@ pub(in crate::pipeline) fn is_reported_as_executed(
     path: &RootfsPath,
     content: Option<Blake3Hash>,
 ) -> bool {
-    entry.findings.about_content(path, content).any(|finding| is_run(finding.kind))
-        || Kind::ALL.iter().filter(|kind| is_run(**kind)).any(|kind| {
+    entry.findings.about_content(path, content).any(|finding| finding.kind.is_run())
+        || Kind::ALL.iter().filter(|kind| kind.is_run()).any(|kind| {
             let known = entry.members.of(Aspect::of(*kind), path);
             known.is_some_and(|(_, reported)| reported == Reported::content(content))
         })

@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::code::{Used, is_reported_as_executed, used_group};
 use super::files::{copies, group};
-use super::group::{Candidate, Common, Group, is_run};
+use super::group::{Candidate, Common, Group};
 use super::packages::{
     Installer, accounts, add_command, installed, is_images_own, is_maintainer_script,
     is_run_by_manager, is_site_hook, transaction_id,
@@ -43,7 +43,7 @@ impl State {
         let Emission { observation, judgement, evidence, .. } = *emission;
         let Some(entry) = self.inventory.get(&observation.container) else { return true };
         let kind = judgement.kind;
-        if is_run(kind) {
+        if kind.is_run() {
             return self.emit_code(emission, effects);
         }
         let Some(path) = evidence.path.filter(|_| evidence.filesystem == Filesystem::Overlay)

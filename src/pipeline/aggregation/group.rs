@@ -197,8 +197,3 @@ pub(super) struct Candidate<'a> {
     /// The root directory of the process that executes it.
     pub(super) root: Option<&'a RootfsPath>,
 }
-
-/// Whether files of this kind were run in one way or another.
-pub(in crate::pipeline) fn is_run(kind: Kind) -> bool {
-    kind.is_exec() || kind == Kind::LibraryLoaded
-}

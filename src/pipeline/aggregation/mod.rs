@@ -35,6 +35,6 @@ mod put;
 mod unpublished;
 
 pub(super) use self::code::is_reported_as_executed;
-pub(super) use self::group::{Group, is_run};
+pub(super) use self::group::Group;
 pub(super) use self::packages::{is_untouched, transaction_id};
 pub(super) use self::unpublished::Unpublished;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::group::{Common, Group, MAX_ACCEPTED, MAX_LISTED, is_run};
+use super::group::{Common, Group, MAX_ACCEPTED, MAX_LISTED};
 use super::packages::transaction_id;
 use crate::budget;
 use crate::history::{MemberChange, Record};
@@ -417,7 +417,7 @@ impl State {
     ) {
         let container = &observation.container;
         let Some(entry) = self.inventory.get_mut(container) else { return };
-        let run = Kind::ALL.iter().filter(|kind| is_run(**kind)).map(|kind| Aspect::of(*kind));
+        let run = Kind::ALL.iter().filter(|kind| kind.is_run()).map(|kind| Aspect::of(*kind));
         for aspect in std::iter::once(Aspect::Written).chain(run).chain(Aspect::accepted()) {
             let Some((id, reported)) = entry.members.of(aspect, path) else { continue };
             if matches!(reported, Reported::GONE | Reported::REMOVED) {

@@ -107,7 +107,7 @@ impl State {
         let found = self.session_finding(report, kind, id)?;
         let run = found.run;
         let verdict = found.verdict.clone();
-        let actor = Actor { init, process: Some(root) };
+        let actor = Actor { init, process: Some(root), is_denied: false };
         if verdict.is_accept() {
             self.accept_finding(container, found, now, effects);
             return None;

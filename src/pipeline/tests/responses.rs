@@ -300,7 +300,7 @@ fn a_response_needs_no_finding_that_is_kept() {
     let rule = "respond.kill_on".to_owned();
     let answer = model::RuleAnswer { action: model::Answer::Kill, rule, dry_run: false };
     let verdict = model::Verdict { answers: vec![answer], ..node.state.policy.report() };
-    let actor = Actor { init: Some(init(7)), process: None };
+    let actor = Actor { init: Some(init(7)), ..Actor::default() };
     let cause = Cause { container: &container, actor, kind, verdict: &verdict, finding };
     node.state.respond(&cause, Timestamp::UNIX_EPOCH, &mut effects);
     let [Effect::Respond(request)] = &effects[..] else { panic!("{effects:?}") };
@@ -409,7 +409,7 @@ fn out_of_the_box_no_kill_is_ever_requested() {
 }
 
 /// A node that runs containers `c1` to `c5`, with these rules.
-fn answering(rules: &str) -> Node {
+pub(super) fn answering(rules: &str) -> Node {
     let mut node = Node::new(Respond::default(), Vec::new());
     let files = vec![PolicyFile::new("a.toml", rules)];
     let loaded = policy::parse("".as_ref(), files).unwrap();
@@ -422,7 +422,7 @@ fn answering(rules: &str) -> Node {
     node
 }
 
-fn rule(id: &str, answers: &str, conditions: &str) -> String {
+pub(super) fn rule(id: &str, answers: &str, conditions: &str) -> String {
     format!(
         "[[rule]]\nid = \"{id}\"\nreason = \"r\"\neffect = \"report\"\nanswer = [{answers}]\n\
          [rule.match]\n{conditions}\n"
@@ -430,7 +430,7 @@ fn rule(id: &str, answers: &str, conditions: &str) -> String {
 }
 
 /// The actions of the requests so far, each with its container and its process.
-fn asked(node: &mut Node) -> Vec<String> {
+pub(super) fn asked(node: &mut Node) -> Vec<String> {
     let requests = std::mem::take(&mut node.requests);
     let text = |one: &ResponseRequest| {
         let process = one.process.map(|process| format!(" {}", process.pid)).unwrap_or_default();

@@ -90,6 +90,7 @@ fn a_loop(room_for_commands: usize) -> Loop {
         state: Node::running().state,
         reader: history.reader(),
         inputs: Inputs {
+            questions: crossbeam_channel::never(),
             runtime_events,
             sensor_events,
             baseline_events,
@@ -98,7 +99,7 @@ fn a_loop(room_for_commands: usize) -> Loop {
             history_begun: crossbeam_channel::never(),
             stop,
         },
-        outputs: Outputs { commands, recorder, records, response_requests },
+        outputs: Outputs { commands, recorder, records, response_requests, decisions: None },
         runtime_events: runtime_sender,
         sensor_events: sensor_sender,
         responses: response_sender,

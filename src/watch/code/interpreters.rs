@@ -543,6 +543,7 @@ fn report_script(
             path,
             filesystem,
             running: false,
+            denied: false,
             times: 1,
             state,
             lower,

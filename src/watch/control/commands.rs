@@ -77,6 +77,9 @@ impl Control {
                         );
                     }
                 }
+                Ok(SensorCommand::Enforce { container, undecided }) => {
+                    self.marker.enforce(&container, undecided);
+                }
                 Ok(SensorCommand::Judged { container, file, verdict }) => {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().judge(&file, verdict);

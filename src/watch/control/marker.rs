@@ -13,7 +13,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 use jiff::Timestamp;
 
-use crate::gate::Place;
+use crate::gate::{Place, Undecided};
 use crate::health::Failure;
 use crate::model::{ContainerId, OverlayDirs, printable};
 use crate::sys::door::{self, View};
@@ -188,6 +188,18 @@ impl Marker {
         }
     }
 
+    /// Has the executions of a container wait for decisions, or wait no more.
+    pub(crate) fn enforce(&self, container: &ContainerId, undecided: Option<Undecided>) {
+        let Some(watched) = self.shared.table.get(container) else { return };
+        let done = match undecided {
+            Some(undecided) => self.marks.enforce(watched.enforced(undecided)),
+            None => self.marks.enforce_no_more(watched.device),
+        };
+        if let Err(err) = done {
+            tracing::error!(%container, "the gate does not take whether rules may deny here: {err}");
+        }
+    }
+
     pub(crate) fn detach(&self, container: &ContainerId) {
         let Some(watched) = self.shared.table.get(container) else { return };
         if !watched.detach() {
@@ -197,6 +209,8 @@ impl Marker {
             residence.leave();
         }
         watched.files.close();
+        // The kernel uses the device's number again.
+        let _ = self.marks.enforce_no_more(watched.device);
         self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(ScanRequest::Last { watched }) {
             let ScanRequest::Last { watched } = err.into_inner() else { return };

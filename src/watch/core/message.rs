@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 
 use super::trust::{Trust, Verdict};
+use crate::gate::Undecided;
 use crate::health::Failure;
 use crate::model::{ContainerId, LayerFile, Observation, OverlayDirs, RootfsPath};
 use crate::sys::fanotify;
@@ -42,8 +43,19 @@ pub enum SensorCommand {
     /// known. With `is_handed_on`, the container's manager keeps the FIFO open for clients
     /// that attach.
     Terminal { container: ContainerId, input: Option<PathBuf>, is_handed_on: bool },
+    /// From now on, executions of this container wait for a decision, and each has this answer
+    /// if none comes. `None`: they wait no more.
+    Enforce { container: ContainerId, undecided: Option<Undecided> },
     /// How an executed file of the image's layers was judged.
     Judged { container: ContainerId, file: LayerFile, verdict: Verdict },
+}
+
+/// An execution that waits for a decision of the pipeline.
+#[derive(Debug, Clone)]
+pub struct Question {
+    pub number: u64,
+    /// What it would be.
+    pub observation: Observation,
 }
 
 /// A report of the watchers to the pipeline.

@@ -14,6 +14,7 @@ use super::held::{Held, HeldFiles};
 use super::layers::{self, Layers};
 use super::trust::LayerFiles;
 use super::ways::Ways;
+use crate::gate::{Enforced, Undecided};
 use crate::health::Failure;
 use crate::model::{ContainerId, LayerFile, OverlayDirs, ProcessIdentity, RootfsPath};
 use crate::sys::door::{Local, View};
@@ -217,6 +218,22 @@ impl Watched {
     pub(crate) fn holds_cgroup(&self, cgroup: &[u8]) -> Option<bool> {
         let below = cgroup.strip_prefix(self.cgroup.as_deref()?);
         Some(below.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/")))
+    }
+
+    /// How the gate recognises its executions, where they wait for decisions.
+    pub(crate) fn enforced(&self, undecided: Undecided) -> Enforced {
+        // A container in one of the host's namespaces has not the host's processes.
+        let own = Handle::open(std::process::id()).map(|own| own.whereabouts());
+        let (pids, mounts) =
+            own.map_or((None, None), |own| (own.pid_namespace, own.mount_namespace));
+        Enforced {
+            device: self.device,
+            mount: self.mount,
+            pid_namespace: self.pid_namespace.filter(|one| Some(*one) != pids),
+            mount_namespace: self.mount_namespace.filter(|one| Some(*one) != mounts),
+            cgroup: self.cgroup.clone(),
+            undecided,
+        }
     }
 
     /// Whether a session was opened in it since it is watched.

@@ -294,6 +294,7 @@ fn complete(
     (process, exec_name)
 }
 
+// Long: it takes apart all that is known of an execution.
 fn report(shared: &Exec, execution: Described, is_busy: bool) {
     let Described {
         mut watched,
@@ -346,6 +347,7 @@ fn report(shared: &Exec, execution: Described, is_busy: bool) {
         path: path.clone(),
         filesystem,
         running: false,
+        denied: false,
         times,
         state,
         lower,

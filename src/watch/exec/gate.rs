@@ -17,6 +17,7 @@
 //! a group of this process, and `Feed` handles them in the same way.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -29,12 +30,13 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::execution::Execution;
+use super::questions::{Asking, New, Stage};
 use super::repeats::{self, Repeats};
 use super::shared::Exec;
 use super::take;
-use crate::gate::{self, Calm, Events, Marks};
+use crate::gate::{self, Asked, Calm, Decision, Decisions, Events, Marks};
 use crate::health::Failure;
-use crate::model::Filesystem;
+use crate::model::{Fact, FileFact, Filesystem};
 use crate::pulse::{Pulse, TURN};
 use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
 use crate::sys::procfs::{self, Handle, Stat, Whereabouts};
@@ -44,6 +46,7 @@ use crate::watch::core::copy::Copy;
 use crate::watch::core::copyup::Residence;
 use crate::watch::core::fair::Sender;
 use crate::watch::core::held::Held;
+use crate::watch::core::message::SensorEvent;
 use crate::watch::core::watched::{Standing, Watched};
 use crate::watch::mounts::find;
 use crate::watch::process::describe::Caller;
@@ -51,6 +54,9 @@ use crate::watch::process::seen::Seen;
 
 /// How much one read may bring: about a hundred events, each with a descriptor.
 const READ_BYTES: usize = 4 * 1024;
+
+/// How many executions may wait for a decision: as many as the gate lets wait.
+const MAX_WAITING: usize = 1024;
 
 /// After a stop, the gate's process gets this long to end.
 const LAST_PACKETS: Duration = Duration::from_secs(4);
@@ -82,9 +88,17 @@ pub(crate) struct Gate {
     pub(crate) arrivals: Arrivals,
     pub(crate) events: Events,
     pub(crate) invocations: crossbeam_channel::Sender<Invocation>,
+    pub(crate) waiting: Waiting,
     /// Counts the turns of this thread.
     pub(crate) turns: Arc<AtomicU64>,
     pub(crate) losses: Losses,
+}
+
+/// Executions that wait for a decision, by number.
+pub(crate) struct Waiting {
+    arrivals: RefCell<HashMap<u64, Arrival>>,
+    asking: Sender<Asking>,
+    decisions: Decisions,
 }
 
 /// The gate's counts of losses when they were last read.
@@ -93,6 +107,13 @@ pub(crate) struct Losses {
     dropped: Cell<u64>,
     unreadable: Cell<u64>,
     late: Cell<u64>,
+    undecided: Cell<u64>,
+}
+
+impl Waiting {
+    pub(crate) fn new(asking: Sender<Asking>, decisions: Decisions) -> Waiting {
+        Waiting { arrivals: RefCell::default(), asking, decisions }
+    }
 }
 
 impl Gate {
@@ -156,6 +177,10 @@ impl Gate {
             let detail = "a runtime was allowed to run before its container was marked";
             shared.lose(Failure::ArmedLate, None, detail);
         }
+        if is_news(pulse.undecided(), &self.losses.undecided) {
+            let detail = "programs that rules may deny were answered without a decision";
+            shared.lose(Failure::Undecided, None, detail);
+        }
     }
 
     fn take(&self, event: gate::Event) {
@@ -163,25 +188,9 @@ impl Gate {
             gate::Event::Executed { asked, process, file, handle } => {
                 let caller =
                     Caller { stat: process, pid: asked.pid, asked: Some(asked.at), pidfd: handle };
-                let at = Timestamp::from_nanosecond(asked.time.into()).unwrap_or_default();
-                match asked.stat {
-                    Ok(stat) => {
-                        let seen = Arrival {
-                            file,
-                            stat,
-                            caller,
-                            whereabouts: asked.whereabouts,
-                            at,
-                            calm: asked.calm,
-                        };
-                        self.arrivals.hand_on(seen);
-                    }
-                    Err(errno) => {
-                        self.arrivals.lose_sight(&io::Error::from_raw_os_error(errno));
-                    }
-                }
-                self.arrivals.shared.gate_taken.fetch_add(1, Ordering::Release);
+                self.executed(asked, caller, file);
             }
+            gate::Event::Answered { number, denied, at } => self.answered(number, denied, at),
             gate::Event::Runtime { number, process } => {
                 let Arrivals { shared, marks, .. } = &self.arrivals;
                 let Some(process) = process else { return marks.release(number) };
@@ -192,6 +201,72 @@ impl Gate {
                 }
             }
         }
+    }
+}
+
+impl Gate {
+    fn executed(&self, asked: Asked, caller: Caller, file: OwnedFd) {
+        let at = Timestamp::from_nanosecond(asked.time.into()).unwrap_or_default();
+        match asked.stat {
+            Ok(stat) => {
+                let Asked { whereabouts, calm, waits, .. } = asked;
+                let seen = Arrival { file, stat, caller, whereabouts, at, calm };
+                match waits {
+                    None => self.arrivals.hand_on(seen),
+                    // It is taken when it is answered.
+                    Some(number) => return self.ask(number, seen),
+                }
+            }
+            Err(errno) => self.arrivals.lose_sight(&io::Error::from_raw_os_error(errno)),
+        }
+        self.arrivals.shared.gate_taken.fetch_add(1, Ordering::Release);
+    }
+
+    /// Has it decided whether a program may run that waits under this number.
+    fn ask(&self, number: u64, seen: Arrival) {
+        let decision = match self.arrivals.question(&seen) {
+            Ok(new) => {
+                let asking = Asking { number, stage: Stage::New(Box::new(new)) };
+                self.waiting.asking.try_send(asking).err().map(|_| Decision::None)
+            }
+            Err(decision) => Some(decision),
+        };
+        if let Some(decision) = decision {
+            self.waiting.decisions.decide(number, decision);
+        }
+        let mut arrivals = self.waiting.arrivals.borrow_mut();
+        if arrivals.len() >= MAX_WAITING {
+            // The gate lets no more wait: the others were answered, and that was not handed on.
+            let dropped = arrivals.len() as u64;
+            arrivals.clear();
+            let detail = format!("the answers to {dropped} programs were not handed on");
+            self.arrivals.shared.lose(Failure::GateQueueFull, None, &detail);
+        }
+        arrivals.insert(number, seen);
+    }
+
+    /// An execution that waited was answered.
+    fn answered(&self, number: u64, denied: bool, at: u64) {
+        let shared = &self.arrivals.shared;
+        let observed = shared.observed().take(number);
+        if let Some(mut seen) = self.waiting.arrivals.borrow_mut().remove(&number) {
+            if !denied {
+                // The kernel records its execve after this moment.
+                seen.caller.asked = Some(at);
+                self.arrivals.hand_on(seen);
+            } else if let Some(mut observation) = observed
+                && let Fact::File(FileFact::Executed { denied, .. }) = &mut observation.fact
+            {
+                *denied = true;
+                let container = observation.container.clone();
+                if shared.try_report(SensorEvent::Observed(observation)).is_err() {
+                    let watched = shared.table.get(&container);
+                    let detail = "the pipeline has no room for an observation";
+                    shared.lose(Failure::PipelineFull, watched.as_ref(), detail);
+                }
+            }
+        }
+        shared.gate_taken.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -288,6 +363,26 @@ impl Arrivals {
         })
     }
 
+    /// What is to be decided about an execution that waits, or the decision if nothing is.
+    fn question(&self, seen: &Arrival) -> Result<New, Decision> {
+        let Some((watched, filesystem)) = self.container_of(seen) else {
+            return Err(Decision::Allow);
+        };
+        let stat = &seen.stat;
+        let (layer_file, is_movable) = match standing(&watched, filesystem, stat) {
+            Standing::Own => (None, false),
+            Standing::Doubtful(layer_file) => (Some(layer_file), false),
+            Standing::Movable(layer_file) => (Some(layer_file), true),
+            Standing::Image if watched.is_certain(stat) => return Err(Decision::AllowUnchanged),
+            Standing::Image => return Err(Decision::Allow),
+        };
+        // A process that is not visible here is in no container, or is gone.
+        let caller = seen.caller.stat.clone().ok_or(Decision::None)?;
+        let file = seen.file.try_clone().map_err(|_| Decision::None)?;
+        let (stat, at) = (*stat, seen.at);
+        Ok(New { watched, filesystem, file, stat, layer_file, is_movable, caller, at })
+    }
+
     /// Copies a short file of a tmpfs in memory and closes it.
     fn close_early(
         &self,
@@ -330,14 +425,7 @@ impl Arrivals {
         }
         // Before anything else: an open file keeps its mount busy.
         let file = self.close_early(filesystem, file, &stat);
-        let standing = match filesystem {
-            Filesystem::Overlay => watched.standing(&stat),
-            // Images have no files there.
-            Filesystem::Tmpfs
-            | Filesystem::Volume
-            | Filesystem::Anonymous
-            | Filesystem::Container => Standing::Own,
-        };
+        let standing = standing(&watched, filesystem, &stat);
         let is_movable = matches!(standing, Standing::Movable(_));
         let layer_file = match standing {
             Standing::Own => None,
@@ -392,6 +480,17 @@ impl Arrivals {
                 Some(&execution.watched),
                 "too many executed files wait to be hashed",
             ),
+        }
+    }
+}
+
+/// The origin of an executed file.
+fn standing(watched: &Watched, filesystem: Filesystem, stat: &file::Stat) -> Standing {
+    match filesystem {
+        Filesystem::Overlay => watched.standing(stat),
+        // Images have no files there.
+        Filesystem::Tmpfs | Filesystem::Volume | Filesystem::Anonymous | Filesystem::Container => {
+            Standing::Own
         }
     }
 }

@@ -98,6 +98,7 @@ impl Running {
             filesystem,
             times: 1,
             running: true,
+            denied: false,
             state,
             lower,
             process: Arc::new(process),

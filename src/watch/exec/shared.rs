@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::described::Described;
+use super::observed::Observed;
 use super::unproven::Unproven;
 use crate::watch::sessions::opening::Openings;
 use crate::watch::sessions::shared::Sessions;
@@ -28,6 +29,7 @@ pub(crate) struct Exec {
     /// be reported again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
     unproven: Mutex<Unproven<Described>>,
+    observed: Mutex<Observed>,
     /// Executions that the gate has answered and that have been taken from it.
     pub(crate) gate_taken: AtomicU64,
     /// The gate's process has been requested to end.
@@ -57,6 +59,7 @@ impl Exec {
             openings: Mutex::default(),
             asked: Mutex::default(),
             unproven: Mutex::default(),
+            observed: Mutex::default(),
             gate_taken: AtomicU64::new(0),
             is_gate_closed: AtomicBool::new(false),
         }
@@ -121,6 +124,11 @@ impl Exec {
 
     fn asked(&self) -> MutexGuard<'_, HashMap<u32, Vec<Asked>>> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of executions that wait for a decision.
+    pub(crate) fn observed(&self) -> MutexGuard<'_, Observed> {
+        self.observed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Executions that wait for the kernel's record.

@@ -185,6 +185,7 @@ fn report(
                 filesystem,
                 times: 1,
                 running: false,
+                denied: false,
                 state,
                 lower: None,
                 process: Arc::new(process),

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use crate::gate::{Marks, Place};
+use crate::gate::{Enforced, Marks, Place};
 use crate::sys::fanotify::Group;
 
 /// The place of the marks that report executions.
@@ -25,6 +25,22 @@ impl ExecMarks {
         match self {
             ExecMarks::Gate(marks) => marks.mark_root(place, root),
             ExecMarks::Feed(group) => group.mark_filesystem_of(root, libc::FAN_OPEN_EXEC),
+        }
+    }
+
+    /// Has the executions of a container wait for decisions. No execution waits that the kernel
+    /// only reports.
+    pub(crate) fn enforce(&self, enforced: Enforced) -> io::Result<()> {
+        match self {
+            ExecMarks::Gate(marks) => marks.enforce(enforced),
+            ExecMarks::Feed(_) => Ok(()),
+        }
+    }
+
+    pub(crate) fn enforce_no_more(&self, device: u64) -> io::Result<()> {
+        match self {
+            ExecMarks::Gate(marks) => marks.enforce_no_more(device),
+            ExecMarks::Feed(_) => Ok(()),
         }
     }
 

@@ -105,6 +105,22 @@ pub(crate) fn after_exec(
     executing
 }
 
+/// Describes a process that is about to become the program at `path`. Its arguments cannot be
+/// read before.
+pub(crate) fn before_exec(caller: &Stat, watched: &Watched, path: &RootfsPath) -> Process {
+    let handle = Handle::open_exactly(caller.identity).ok();
+    let root = handle.as_ref().and_then(|handle| own_root(handle, watched));
+    Process {
+        identity: caller.identity,
+        exe: Some(text(path.as_bytes())),
+        argv: None,
+        uid: handle.and_then(|handle| handle.uid().ok()),
+        tty: caller.tty(),
+        root,
+        ancestors: ancestors(caller, watched.pid_namespace),
+    }
+}
+
 /// Waits until the caller has become another program; `None` if it has not, or if it has
 /// ended.
 fn wait_for_program(

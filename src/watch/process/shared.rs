@@ -187,7 +187,9 @@ impl Processes {
         self.observation_of(watched, None, at, source, fact)
     }
 
-    fn observation_of(
+    /// Like [`observation`](Processes::observation), for a file in the root of the container
+    /// `file_of`, if that is another one.
+    pub(crate) fn observation_of(
         &self,
         watched: &Watched,
         file_of: Option<ContainerId>,
