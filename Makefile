@@ -51,9 +51,10 @@ build: ## builds driftd for development
 test: setup ## installs what is missing and runs every test (as root: containers are started)
 	$(CARGO) test --locked $(AS_ROOT)
 
-race: setup ## a hundred thousand rounds against the free gate, ten thousand against files that are read later (as root, an hour)
+race: setup ## a hundred thousand rounds each against the free gate and against a rule that denies, ten thousand against files that are read later (as root, two hours)
 	DRIFTD_RACE_TIMES=30 $(CARGO) test --locked $(AS_ROOT) --test free_gate -- --test-threads=1 --nocapture --include-ignored changed_bytes
 	$(CARGO) test --locked $(AS_ROOT) --test check -- --nocapture --include-ignored never_silent
+	$(CARGO) test --locked $(AS_ROOT) --test node -- --nocapture --include-ignored never_does_a_program_last
 
 test-matrix: setup matrix-1.7 matrix-2.1 ## runs the tests that need containerd with 1.7 and 2.1, and with a whole distribution's image (as root)
 

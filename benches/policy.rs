@@ -56,7 +56,8 @@ fn rules(number: usize) -> Loaded {
 fn round(loaded: &Loaded, finding: &Finding, decisions: u32) -> (Duration, Duration) {
     let now = Timestamp::now();
     let severity = finding.severity;
-    let subject = Subject { finding, severity, session: None, may_be_of_session: false };
+    let subject =
+        Subject { finding, severity, session: None, may_be_of_session: false, is_unproven: false };
     let begin = Instant::now();
     for _ in 0..decisions {
         black_box(loaded.rules.decide(black_box(&subject), now));

@@ -358,6 +358,7 @@ impl Explain {
             severity: finding.verdict.unchanged_severity.unwrap_or(finding.severity),
             session: session.as_ref(),
             may_be_of_session: false,
+            is_unproven: false,
         };
         let explained = ExplainedJson {
             schema: "driftd.explanation/v1",

@@ -255,7 +255,8 @@ fn decisions(
 ) -> Vec<Decision> {
     let severity = finding.verdict.unchanged_severity.unwrap_or(finding.severity);
     let of = |finding: &Finding| {
-        let subject = Subject { finding, severity, session, may_be_of_session: false };
+        let subject =
+            Subject { finding, severity, session, may_be_of_session: false, is_unproven: false };
         policy.decide(&subject, Timestamp::now())
     };
     if members.is_empty() || finding.kind == Kind::PackageTransaction {

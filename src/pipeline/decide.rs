@@ -31,7 +31,8 @@ impl State {
             self.sessions.session(&observation.container, observation.session, evidence.process);
         let decide = |finding: &Finding, may_be_of_session| {
             let severity = judgement.severity;
-            let subject = Subject { finding, severity, session, may_be_of_session };
+            let is_unproven = evidence.could_change().is_possible();
+            let subject = Subject { finding, severity, session, may_be_of_session, is_unproven };
             self.policy.decide(&subject, now)
         };
         if let Some(accepted) = self.found_again(emission) {
@@ -70,7 +71,8 @@ impl State {
         now: Timestamp,
     ) {
         let severity = finding.severity;
-        let subject = Subject { finding, severity, session, may_be_of_session: false };
+        let subject =
+            Subject { finding, severity, session, may_be_of_session: false, is_unproven: false };
         let Decision { verdict, severity } = self.policy.decide(&subject, now);
         (finding.verdict, finding.severity) = (verdict, severity);
     }

@@ -24,6 +24,8 @@ pub struct Subject<'a> {
     pub session: Option<&'a Session>,
     /// The acting process is not known well enough to say that it acted outside of sessions.
     pub may_be_of_session: bool,
+    /// What ran may have had another content than the finding names.
+    pub is_unproven: bool,
 }
 
 /// One condition. A list holds if any of its values does.
@@ -258,6 +260,11 @@ impl Program {
 }
 
 impl Condition {
+    /// Whether it is about the content of the file.
+    pub(super) fn is_of_content(&self) -> bool {
+        matches!(self, Condition::Content(_))
+    }
+
     /// Whether it is about the container alone.
     pub(super) fn is_of_container(&self) -> bool {
         matches!(
@@ -313,7 +320,7 @@ impl Condition {
     }
 
     pub(super) fn holds(&self, subject: &Subject<'_>) -> bool {
-        let Subject { finding, severity, session, may_be_of_session } = *subject;
+        let Subject { finding, severity, session, may_be_of_session, .. } = *subject;
         let (container, file) = (finding.container.as_ref(), finding.file.as_ref());
         let pod = container.and_then(|container| container.pod.as_ref());
         let process = finding.process.as_ref();
@@ -382,7 +389,7 @@ impl Condition {
 
     /// What the finding has, for a person who asks why the condition does not hold.
     pub(super) fn actual(&self, subject: &Subject<'_>) -> String {
-        let Subject { finding, severity, session, may_be_of_session } = *subject;
+        let Subject { finding, severity, session, may_be_of_session, .. } = *subject;
         let (container, file) = (finding.container.as_ref(), finding.file.as_ref());
         let pod = container.and_then(|container| container.pod.as_ref());
         let process = finding.process.as_ref();

@@ -166,7 +166,13 @@ impl Policy {
     pub fn may_deny(&self, in_container: &Finding, now: Timestamp) -> bool {
         let severity = in_container.severity;
         let finding = in_container;
-        let subject = Subject { finding, severity, session: None, may_be_of_session: false };
+        let subject = Subject {
+            finding,
+            severity,
+            session: None,
+            may_be_of_session: false,
+            is_unproven: false,
+        };
         let mut rules = self.rules.may_deny(&subject, now);
         rules.any(|rule| self.enforcement(rule.enforce, in_container) == Enforce::On)
     }

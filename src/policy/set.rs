@@ -201,7 +201,7 @@ impl RuleSet {
         let accepts = self.rules.iter().find(|rule| rule.is_exception() && matches(rule));
         let first = pinned.or(accepts);
         self.rules.iter().map(move |rule| {
-            let failing = rule.conditions.iter().find(|condition| !condition.holds(subject));
+            let failing = rule.failing(subject);
             let reason = match (failing, rule.expires.filter(|_| rule.is_expired(now)), first) {
                 (_, Some(end), _) => Reason::Expired(end),
                 (Some(condition), ..) => {
@@ -221,7 +221,16 @@ impl RuleSet {
 
 impl Rule {
     fn matches(&self, subject: &Subject<'_>) -> bool {
-        self.conditions.iter().all(|condition| condition.holds(subject))
+        self.failing(subject).is_none()
+    }
+
+    /// The first condition that does not hold.
+    fn failing(&self, subject: &Subject<'_>) -> Option<&Condition> {
+        // Nothing is accepted for a content that was perhaps another one.
+        let is_doubtful = |condition: &Condition| {
+            subject.is_unproven && self.is_exception() && condition.is_of_content()
+        };
+        self.conditions.iter().find(|one| is_doubtful(one) || !one.holds(subject))
     }
 }
 

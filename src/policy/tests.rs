@@ -45,7 +45,13 @@ fn policy(text: &str) -> Policy {
 }
 
 fn subject(finding: &Finding) -> Subject<'_> {
-    Subject { finding, severity: finding.severity, session: None, may_be_of_session: false }
+    Subject {
+        finding,
+        severity: finding.severity,
+        session: None,
+        may_be_of_session: false,
+        is_unproven: false,
+    }
 }
 
 fn decide(text: &str, finding: &Finding) -> Decision {
@@ -707,7 +713,13 @@ mod suggestions {
 
     fn accepts(policy: &Policy, finding: &Finding) -> bool {
         let severity = finding.severity;
-        let subject = Subject { finding, severity, session: None, may_be_of_session: false };
+        let subject = Subject {
+            finding,
+            severity,
+            session: None,
+            may_be_of_session: false,
+            is_unproven: false,
+        };
         policy.decide(&subject, Timestamp::now()).verdict.is_accept()
     }
 
@@ -962,4 +974,23 @@ fn a_rule_may_be_enforced_or_rehearsed_by_itself_and_the_node_can_switch_all_off
         let dry_run = verdict.answers.first().map(|answer| answer.dry_run);
         assert_eq!(dry_run, expected, "{node:?} {of_rule}");
     }
+}
+
+#[test]
+fn an_exception_for_a_content_accepts_nothing_whose_content_is_not_proven() {
+    let drift = finding();
+    let blake3 = drift.file.as_ref().and_then(|file| file.blake3).expect("the example has one");
+    let content = format!("content = [\"blake3:{blake3}\"]");
+    let unproven = |text: &str| {
+        let subject = Subject { is_unproven: true, ..subject(&drift) };
+        policy(text).decide(&subject, now()).verdict
+    };
+    let exception = rule("x", ACCEPT, &content);
+    assert!(accepts(&exception, &drift));
+    assert_eq!(unproven(&exception).disposition, Disposition::Report);
+    // What is known to be bad is answered in doubt.
+    let kill = rule("x", &format!("{REPORT}\nanswer = [\"kill\"]"), &content);
+    assert_eq!(unproven(&kill).disposition, Disposition::Kill);
+    let path = rule("x", ACCEPT, "path = [\"/**\"]\neverything = true");
+    assert_eq!(unproven(&path).disposition, Disposition::Accept);
 }

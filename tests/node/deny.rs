@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::node::{Container, Node, bench, talk, wait_for};
@@ -23,6 +24,18 @@ pub(crate) fn tests() -> Vec<Trial> {
             .with_ignored_flag(true),
         test_alone("a_rehearsal_denies_nothing_and_says_what_it_would", DRY_RUN, rehearsed),
         test_alone("what_cannot_be_denied_is_killed", SETTINGS, killed),
+        test_alone("a_stopped_or_killed_driftd_that_denies_holds_no_program", SETTINGS, stuck),
+        test_alone("what_is_changed_after_it_was_allowed_does_not_last", SETTINGS, |node| {
+            changed(node, 400)
+        }),
+        test_alone(
+            "never_does_a_program_last_that_was_changed_after_it_was_allowed",
+            SETTINGS,
+            |node| changed(node, 100_000),
+        )
+        .with_ignored_flag(true),
+        test_alone("a_storm_of_denied_programs_delays_no_other_container", SETTINGS, storm)
+            .with_ignored_flag(true),
     ]
 }
 
@@ -72,8 +85,8 @@ int main(int argc, char **argv)
             ran++;
     }
     qsort(took, times, sizeof *took, by_size);
-    printf("ran %ld refused %ld failed %ld median %ld slowest %ld\n", ran, refused, failed,
-           took[times / 2], took[times - 1]);
+    printf("ran %ld refused %ld failed %ld median %ld p99 %ld slowest %ld\n", ran, refused, failed,
+           took[times / 2], took[times * 99 / 100], took[times - 1]);
     return 0;
 }
 "#;
@@ -203,5 +216,199 @@ fn killed(node: &Node) -> anyhow::Result<()> {
         Ok(findings.into_iter().find(|one| one["outcome"]["action"] == "kill-process"))
     })?;
     ensure!(finding["verdict"]["action"] == "deny", "{finding:#}");
+    Ok(())
+}
+
+/// Nothing waits longer than the deadline and the guardian's patience.
+fn stuck(node: &Node) -> anyhow::Result<()> {
+    deny(node, "\"/tmp/**\"")?;
+    let container = prepared(node)?;
+    let slowest = |output: &str| -> anyhow::Result<u64> {
+        let (_, number) = output.rsplit_once("slowest ").context("no time")?;
+        Ok(number.trim().parse()?)
+    };
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        let output = attempt(&container, 3, "/tmp/x")?;
+        ensure!(output.starts_with("ran 0 refused 3 "), "{signal}: {output}");
+        kill(node.driftd_pid()?, signal)?;
+        let output = attempt(&container, 10, "/tmp/x")?;
+        let slowest = slowest(&output)?;
+        ensure!(slowest < 5_000_000, "{signal}: {output}");
+        eprintln!("{signal}: {output}");
+        node.driftd_ended(Duration::from_secs(20)).with_context(|| signal.to_string())?;
+        // What ends driftd lets everything run.
+        let output = attempt(&container, 3, "/tmp/x")?;
+        ensure!(output.starts_with("ran 3 "), "{signal}: {output}");
+        node.start_driftd()?;
+        container.wait_until_watched()?;
+        wait_for("denial", || {
+            Ok(attempt(&container, 1, "/tmp/x")?.starts_with("ran 0 refused 1 ").then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// A program that ends at once, or, compiled with `EVIL`, after a third of a second, in which it
+/// would leave a file.
+const SWAPPED: &str = r#"
+#include <fcntl.h>
+#include <unistd.h>
+
+volatile const char kind[] = KIND;
+
+int main(void)
+{
+    if (kind[0] == 'g')
+        return 0;
+    usleep(1500000);
+    close(open("/.control/survived", O_CREAT | O_WRONLY, 0600));
+    return 77;
+}
+"#;
+
+/// Runs `argv[1]` again and again while a child writes the contents of `argv[2]` and `argv[3]`
+/// into it, and prints what became of that.
+const SWAPPER: &str = r#"
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static long now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000L + time.tv_nsec / 1000;
+}
+
+static char *content(const char *path, long *size)
+{
+    int file = open(path, O_RDONLY);
+    struct stat stat;
+    fstat(file, &stat);
+    char *bytes = malloc(stat.st_size);
+    *size = read(file, bytes, stat.st_size);
+    close(file);
+    return bytes;
+}
+
+static void swap(const char *path, const char *good, const char *evil)
+{
+    long sizes[2];
+    char *both[2] = {content(good, &sizes[0]), content(evil, &sizes[1])};
+    for (unsigned turn = 0;; turn++) {
+        int file = open(path, O_WRONLY);
+        if (file < 0) {
+            usleep(20);
+            continue;
+        }
+        if (write(file, both[turn % 2], sizes[turn % 2]) < 0)
+            _exit(1);
+        close(file);
+        usleep(rand() % 2000);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    (void)argc;
+    long ran = 0, refused = 0, killed = 0, other = 0, lasted = 0, longest = 0;
+    pid_t writer = fork();
+    if (!writer)
+        swap(argv[1], argv[2], argv[3]);
+    for (long left = atol(argv[4]); left > 0; left--) {
+        int status;
+        pid_t child = fork();
+        if (!child) {
+            execv(argv[1], argv + 1);
+            _exit(errno == EPERM ? 201 : 202);
+        }
+        long begin = now();
+        waitpid(child, &status, 0);
+        if (WIFSIGNALED(status)) {
+            killed++;
+            long took = now() - begin;
+            longest = took > longest ? took : longest;
+        } else if (WEXITSTATUS(status) == 77)
+            lasted++, printf("at %ld lasted\n", now() - 1500000);
+        else if (WEXITSTATUS(status) == 201)
+            refused++;
+        else if (WEXITSTATUS(status) == 202)
+            other++;
+        else
+            ran++;
+    }
+    kill(writer, SIGKILL);
+    printf("ran %ld refused %ld killed %ld other %ld lasted %ld longest %ld\n", ran, refused,
+           killed, other, lasted, longest);
+    return 0;
+}
+"#;
+
+/// A program is allowed by its content, and overwritten with what is denied while it is looked
+/// at and while it begins. The kernel protects it only once it runs.
+fn changed(node: &Node, rounds: u32) -> anyhow::Result<()> {
+    let scratch = bench()?.scratch.path();
+    let of = |name: &str, kind: &str| {
+        compile(scratch, name, &SWAPPED.replace("KIND", &format!("\"{kind}\"")))
+    };
+    let (good, evil) = (of("swapped-good", "good")?, of("swapped-evil", "evil")?);
+    ensure!(good.len() == evil.len() && good != evil, "they differ in a word");
+    deny(node, "\"/tmp/p\"")?;
+    let file = node.path("policy.d").join("10.toml");
+    let hash = blake3::hash(&good).to_hex();
+    let exception = format!(
+        "[[rule]]\nid = \"good\"\nreason = \"a test\"\neffect = \"accept\"\n\
+         expires = \"never\"\n[rule.match]\ncontent = [\"blake3:{hash}\"]\n"
+    );
+    fs::write(&file, fs::read_to_string(&file)? + &exception)?;
+    let reload = node.driftd(&["policy", "reload"])?;
+    ensure!(reload.status.success(), "{}", talk(&reload));
+    let container = node.container()?;
+    container.wait_until_watched()?;
+    container.lay("good", &good)?;
+    container.lay("evil", &evil)?;
+    container.lay("swapper", &compile(scratch, "swapper", SWAPPER)?)?;
+    container.sh("cp /.control/good /tmp/p")?;
+    let command = format!("/.control/swapper /tmp/p /.control/good /.control/evil {rounds}");
+    let limit = Duration::from_secs(60 + u64::from(rounds) / 10);
+    let output = container.begin(&command)?.finish(limit)?.output;
+    eprintln!("{}", output.trim());
+    if container.laid("survived").exists() {
+        let findings = container.findings()?;
+        let timeline = container.node.answer(&["timeline", &container.id])?;
+        anyhow::bail!("a changed program lasted: {output}\n{findings:#?}\n{timeline:#?}");
+    }
+    let count = |name: &str| -> anyhow::Result<u32> {
+        let mut words = output.split_whitespace().skip_while(|word| *word != name);
+        Ok(words.nth(1).context("no such count")?.parse()?)
+    };
+    ensure!(count("ran")? > 0 && count("refused")? > 0, "a vacuous test: {output}");
+    Ok(())
+}
+
+/// Prints how long programs wait beside a container that has as many denied as it can.
+fn storm(node: &Node) -> anyhow::Result<()> {
+    deny(node, "\"/tmp/**\"")?;
+    let (quiet, loud) = (prepared(node)?, prepared(node)?);
+    for program in ["/tmp/x", "/bin/true"] {
+        let output = attempt(&quiet, 500, program)?;
+        eprintln!("alone: {program}: {output}");
+    }
+    let storm = "for i in 1 2 3 4 5 6 7 8; do /.control/attempt 100000 /tmp/x & done; \
+                 while ! [ -e /.control/enough ]; do sleep 0.1; done; kill $(jobs -p)";
+    let running = loud.begin(storm)?;
+    for program in ["/tmp/x", "/bin/true"] {
+        let output = attempt(&quiet, 500, program)?;
+        eprintln!("beside the storm: {program}: {output}");
+    }
+    loud.lay("enough", b"")?;
+    running.finish(Duration::from_secs(30))?;
+    eprintln!("without a decision: {}", node.losses("undecided")?);
     Ok(())
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::TrySendError;
 
+use super::again;
 use super::described::{Described, Executed, Progress};
 use super::execution::Execution;
 use super::repeats;
@@ -295,7 +296,8 @@ fn complete(
 }
 
 // Long: it takes apart all that is known of an execution.
-fn report(shared: &Exec, execution: Described, is_busy: bool) {
+fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
+    again::look(shared, &mut execution);
     let Described {
         mut watched,
         holder,

@@ -3,6 +3,7 @@
 //! It uses every wing below: `core`, `process`, `files`, `mounts`, `sessions` and `code`. Only
 //! `control` and `watch` itself use it.
 
+pub(crate) mod again;
 pub(crate) mod content;
 pub(crate) mod described;
 pub(crate) mod evidence;
