@@ -37,6 +37,9 @@ pub struct Containerd {
     pub sockets: Vec<PathBuf>,
     /// containerd namespaces that are not watched.
     pub exclude_namespaces: BTreeSet<String>,
+    /// Docker's socket: a container of Docker's that is to stay stopped gets the restart policy
+    /// `no` before it is killed.
+    pub docker_socket: PathBuf,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -190,7 +193,7 @@ pub struct Respond {
     /// Kinds of finding for which driftd kills the container by itself. Empty:
     /// driftd only reports.
     pub kill_on: BTreeSet<Kind>,
-    /// containerd's restart monitor leaves stopped what a rule kills.
+    /// containerd's restart monitor, and Docker, leave stopped what a rule kills.
     pub stop_restarts: bool,
     /// In how many containers (or pods) one rule may answer within `within`. Then its answers
     /// are stopped, until a user resumes them.
@@ -343,6 +346,7 @@ impl Default for Containerd {
         Containerd {
             sockets: vec!["/run/containerd/containerd.sock".into()],
             exclude_namespaces: BTreeSet::new(),
+            docker_socket: "/run/docker.sock".into(),
         }
     }
 }

@@ -478,6 +478,7 @@ impl Driftd {
             .build()
             .unwrap();
         let settings = config::Containerd {
+            docker_socket: "/nonexistent".into(),
             sockets: vec![node.socket()],
             exclude_namespaces: excluded.iter().map(|&name| name.to_owned()).collect(),
         };

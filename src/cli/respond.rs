@@ -23,8 +23,9 @@ pub(super) enum Respond {
     Kill {
         #[command(flatten)]
         target: Target,
-        /// Set the label containerd.io/restart.status=stopped first, if the restart monitor
-        /// of containerd would start the container again
+        /// Keep the container stopped, if the restart monitor of containerd or Docker would start
+        /// it again: set the label containerd.io/restart.status=stopped, or Docker's restart
+        /// policy "no", first
         #[arg(long)]
         no_restart: bool,
     },

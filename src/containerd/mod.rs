@@ -38,6 +38,7 @@ mod containers;
 mod cri;
 mod docker;
 mod endpoint;
+mod engine;
 mod error;
 mod events;
 mod images;
@@ -52,6 +53,7 @@ mod spec;
 mod tasks;
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use crossbeam_channel::Sender;
@@ -73,6 +75,7 @@ use crate::model::{ContainerId, Incarnation, ProcessIdentity, printable};
 #[derive(Clone)]
 pub struct Containerd {
     endpoints: Arc<[Arc<Endpoint>]>,
+    docker_socket: Arc<Path>,
     /// The tasks that follow them.
     following: Arc<[AbortHandle]>,
 }
@@ -121,7 +124,8 @@ impl Containerd {
             .collect();
         let follow = |endpoint| tokio::spawn(Endpoint::run(endpoint)).abort_handle();
         let following = endpoints.iter().cloned().map(follow).collect();
-        Containerd { endpoints, following }
+        let docker_socket = settings.docker_socket.as_path().into();
+        Containerd { endpoints, docker_socket, following }
     }
 
     /// Stops following events. Containers can still be killed and paused.
@@ -130,7 +134,7 @@ impl Containerd {
     }
 
     /// Kills all processes of one run of a container. `None` stands for a container without a
-    /// known run. With `no_restart`, containerd's restart monitor is first ordered to
+    /// known run. With `no_restart`, containerd's restart monitor or Docker is first ordered to
     /// leave the container stopped, if it would start it again.
     pub async fn kill(
         &self,
@@ -139,7 +143,8 @@ impl Containerd {
         no_restart: bool,
     ) -> Result<Killed, Error> {
         let (endpoint, namespace) = self.find(container).await?;
-        let outcome = tasks::kill(&namespace, &container.id, meant, no_restart).await;
+        let stay_stopped = no_restart.then_some(&*self.docker_socket);
+        let outcome = tasks::kill(&namespace, &container.id, meant, stay_stopped).await;
         outcome.map_err(|refused| endpoint.refused_response(refused))
     }
 

@@ -124,8 +124,8 @@ impl KilledContainer<'_> {
         };
         Some(format!(
             "{when} it again within a second ({policy}; later after a repeated kill), with the \
-             same files, so the drift stays; `docker update --restart=no {}` before the kill \
-             keeps it stopped",
+             same files, so the drift stays; `respond kill --no-restart`, or `docker update \
+             --restart=no {}` before the kill, keeps it stopped",
             printable(self.id.as_bytes())
         ))
     }

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::services::v1::{
@@ -19,7 +19,7 @@ use tonic::Status;
 use super::connection::{Namespace, found, words};
 use super::restarts::{self, KilledContainer, Version};
 use super::spec::{self, Spec};
-use super::{containers, docker};
+use super::{containers, docker, engine};
 use crate::model::{Incarnation, Restarter, Task};
 use crate::sys::freezer::{Freezers, Stillness};
 use crate::sys::pidfd;
@@ -216,12 +216,35 @@ async fn check_not_running(namespace: &Namespace, container: &str) -> Result<(),
     }
 }
 
-/// Kills every process of a run. `None` stands for a container without a known run.
+/// How a container is kept stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KeptStopped {
+    /// Nothing would start it again that driftd can keep from it.
+    No,
+    /// By a label for containerd's restart monitor.
+    ByLabel,
+    /// By Docker, which has no restart policy for it any more.
+    ByDocker,
+}
+
+impl KeptStopped {
+    /// What was done, as the beginning of a clause.
+    fn what(self) -> Option<String> {
+        match self {
+            KeptStopped::No => None,
+            KeptStopped::ByLabel => Some(format!("{}={}", restarts::STATUS, restarts::STOPPED)),
+            KeptStopped::ByDocker => Some("Docker's restart policy \"no\"".to_owned()),
+        }
+    }
+}
+
+/// Kills every process of a run. `None` stands for a container without a known run. With Docker's
+/// socket, the container is first kept stopped.
 pub(super) async fn kill(
     namespace: &Namespace,
     container: &str,
     meant: Option<Incarnation>,
-    no_restart: bool,
+    stay_stopped: Option<&Path>,
 ) -> Result<Killed, Refused> {
     let Some(meant) = meant else {
         check_not_running(namespace, container).await?;
@@ -230,24 +253,26 @@ pub(super) async fn kill(
     };
     let run = Run::hold(namespace, container, meant)?;
     let (record, _) = run.confirm().await?;
-    let is_kept_stopped = no_restart && run.keep_stopped(&record).await?;
-    match run.kill().await {
-        Ok(()) => (),
+    let kept = match stay_stopped {
+        Some(docker) => run.keep_stopped(&record, docker).await?,
+        None => KeptStopped::No,
+    };
+    match (run.kill().await, kept.what()) {
+        (Ok(()), _) => (),
         // The restart monitor itself ends a container that is to be stopped.
-        Err(Refused::Gone(_)) if is_kept_stopped => (),
-        Err(Refused::Failed(why)) if is_kept_stopped => {
-            let label = format!("{}={}", restarts::STATUS, restarts::STOPPED);
-            return Err(Refused::Failed(format!("{why}; {label} was set first, and stays")));
+        (Err(Refused::Gone(_)), Some(_)) if kept == KeptStopped::ByLabel => (),
+        (Err(Refused::Failed(why)), Some(what)) => {
+            return Err(Refused::Failed(format!("{why}; {what} was set first, and stays")));
         }
-        Err(refused) => return Err(refused),
+        (Err(refused), _) => return Err(refused),
     }
     let killed = format!("killed (pid {})", meant.pid);
-    if is_kept_stopped {
-        let message = format!(
-            "{killed}; {}={} was set first, so that containerd's restart monitor leaves it stopped",
-            restarts::STATUS,
-            restarts::STOPPED
-        );
+    if let Some(what) = kept.what() {
+        let by = match kept {
+            KeptStopped::ByDocker => "Docker",
+            KeptStopped::ByLabel | KeptStopped::No => "containerd's restart monitor",
+        };
+        let message = format!("{killed}; {what} was set first, so that {by} leaves it stopped");
         return Ok(Killed { message, restarter: None, changed: true });
     }
     // The kill is done; finding out what follows must not delay the outcome for long.
@@ -255,8 +280,9 @@ pub(super) async fn kill(
     Ok(match sequel.unwrap_or_default() {
         None => Killed { message: killed, restarter: None, changed: true },
         Some((restarter, text)) => {
-            // driftd can change only what the restart monitor does.
-            let without = if no_restart { "; --no-restart has changed nothing" } else { "" };
+            // driftd can change only what the restart monitor and Docker do.
+            let without =
+                if stay_stopped.is_some() { "; --no-restart has changed nothing" } else { "" };
             let message = format!("{killed}; {text}{without}");
             Killed { message, restarter: Some(restarter), changed: true }
         }
@@ -310,24 +336,43 @@ impl Run<'_> {
 
     /// What starts the container again, with a text for administrators.
     async fn sequel(&self, record: &Record) -> Option<(Restarter, String)> {
-        let is_dockers = containers::is_dockers(record) || &*self.namespace.name == "moby";
-        let policy = if is_dockers {
-            let spec = record.spec.as_ref().map(|spec| Spec::parse(&spec.value));
-            let (id, root) = (record.id.clone(), spec.and_then(|spec| spec.root));
-            let read = move || docker::restart_policy(&id, &root?);
-            tokio::task::spawn_blocking(read).await.ok().flatten()
-        } else {
-            None
-        };
-        let docker = is_dockers.then_some(policy.as_deref());
+        let policy = self.dockers_policy(record).await;
+        let docker = policy.as_ref().map(|policy| policy.as_deref());
         KilledContainer { docker, ..self.known(record).await }.sequel()
     }
 
-    /// Makes containerd's restart monitor leave the container stopped. False if the monitor would
-    /// not start it again: then nothing is changed.
-    async fn keep_stopped(&self, record: &Record) -> Result<bool, Refused> {
+    /// The restart policy of a container of Docker's, if it can be read.
+    async fn dockers_policy(&self, record: &Record) -> Option<Option<String>> {
+        let is_dockers = containers::is_dockers(record) || &*self.namespace.name == "moby";
+        if !is_dockers {
+            return None;
+        }
+        let spec = record.spec.as_ref().map(|spec| Spec::parse(&spec.value));
+        let (id, root) = (record.id.clone(), spec.and_then(|spec| spec.root));
+        let read = move || docker::restart_policy(&id, &root?);
+        Some(tokio::task::spawn_blocking(read).await.ok().flatten())
+    }
+
+    /// Makes containerd's restart monitor, or Docker, leave the container stopped. If neither
+    /// would start it again, nothing is changed.
+    async fn keep_stopped(&self, record: &Record, docker: &Path) -> Result<KeptStopped, Refused> {
+        match self.dockers_policy(record).await {
+            Some(Some(policy)) if matches!(&*policy, "" | "no") => return Ok(KeptStopped::No),
+            // Also if it could not be read.
+            Some(_) => {
+                self.is_there()?;
+                let done = engine::leave_stopped(docker, self.container).await;
+                return done.map(|()| KeptStopped::ByDocker).map_err(|why| {
+                    Refused::Failed(format!(
+                        "its restart policy could not be changed ({why}), so that Docker would \
+                         start it again; nothing was done"
+                    ))
+                });
+            }
+            None => (),
+        }
         if self.known(record).await.by_monitor().is_none() {
-            return Ok(false);
+            return Ok(KeptStopped::No);
         }
         self.is_there()?;
         let (label, value) = (restarts::STATUS, restarts::STOPPED);
@@ -340,7 +385,7 @@ impl Run<'_> {
                 ))
             },
         )?;
-        Ok(true)
+        Ok(KeptStopped::ByLabel)
     }
 
     /// The control groups by which the container is frozen.

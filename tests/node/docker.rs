@@ -36,6 +36,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             users(node, Storage::Images)
         }),
         test("docker_with_containerds_images_is_watched", |node| watched(node, Storage::Images)),
+        test("docker_with_overlay2_leaves_a_killed_container_stopped", stopped),
     ]
 }
 
@@ -240,6 +241,42 @@ fn users(node: &Arc<Node>, storage: Storage) -> anyhow::Result<()> {
     );
     let findings = shell.expect_findings(&["medium session.interactive"])?;
     assert_eq!(findings[0]["session"], session["id"]);
+    Ok(())
+}
+
+/// Docker starts a killed container again by its policy, and not after `--no-restart`.
+fn stopped(node: &Arc<Node>) -> anyhow::Result<()> {
+    let docker = Docker::start(node, Storage::Overlay2)?;
+    docker.docker(&["load", "--input", path(&bench()?.workbench)?])?;
+    node.start_driftd()?;
+    let container = docker.run_with(&["--restart", "always"], WORKBENCH)?;
+    container.wait_until_watched()?;
+    let state = |format: &str| docker.docker(&["inspect", "--format", format, &container.id]);
+    let kill = |more: &[&str]| -> anyhow::Result<Value> {
+        let kill = ["respond", "kill", &container.id, "--reason", "a test"];
+        let answer = node.answer(&[&kill[..], more].concat())?;
+        answer.into_iter().next().context("no response")
+    };
+    let first = state("{{.State.Pid}}")?;
+    let response = kill(&[])?;
+    ensure!(response["outcome"]["restarter"] == "docker", "{response:#}");
+    wait_for("Docker to start it again", || {
+        let now = state("{{.State.Running}} {{.State.Pid}}")?;
+        Ok((now.starts_with("true") && now != format!("true {first}")).then_some(()))
+    })?;
+    container.wait_until_watched()?;
+
+    let response = kill(&["--no-restart"])?;
+    let message = response["outcome"]["message"].as_str().unwrap_or_default();
+    ensure!(message.contains("so that Docker leaves it stopped"), "{response:#}");
+    ensure!(response["outcome"]["restarter"].is_null(), "{response:#}");
+    wait_for("Docker to know that it has ended", || {
+        Ok((state("{{.State.Status}}")? == "exited").then_some(()))
+    })?;
+    ensure!(state("{{.HostConfig.RestartPolicy.Name}}")? == "no");
+    // Docker waits a moment longer before each start in a row, and then would start it again.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    ensure!(state("{{.State.Status}}")? == "exited");
     Ok(())
 }
 

@@ -352,6 +352,7 @@ socket = "{directory}/driftd.sock"
 [containerd]
 sockets = ["{directory}/containerd.sock"]
 exclude_namespaces = {exclude:?}
+docker_socket = "{directory}/docker/docker.sock"
 [watch]
 settle = "1s"
 {scans}
