@@ -48,6 +48,7 @@ mod small;
 mod sources;
 mod start;
 mod threads;
+mod top;
 mod trouble;
 mod unit;
 mod vm;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         sessions::tests(),
         start::tests(),
         threads::tests(),
+        top::tests(),
         docker::tests(),
         trouble::tests(),
         volumes::tests(),
@@ -129,9 +131,17 @@ fn prerequisites() -> anyhow::Result<()> {
     {
         programs::find(program)?;
     }
-    for program in
-        ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar", "strip"]
-    {
+    for program in [
+        "script",
+        "setcap",
+        "setpriv",
+        "b3sum",
+        "docker-registry",
+        "skopeo",
+        "tar",
+        "strip",
+        "tmux",
+    ] {
         programs::find(program)?;
     }
     // The machines in which the unit is installed.
