@@ -22,26 +22,31 @@ pub(super) struct Containers {
     listing: Listing,
 }
 
-#[derive(Serialize)]
-struct ContainerJson {
+// Long: each field is a key of the published JSON.
+#[derive(Debug, Serialize)]
+pub(super) struct ContainerJson {
     schema: &'static str,
     #[serde(flatten)]
-    id: ContainerId,
+    pub(super) id: ContainerId,
     runtime: String,
     snapshotter: String,
-    image: ImageReference,
-    pod: Option<Pod>,
+    pub(super) image: ImageReference,
+    pub(super) pod: Option<Pod>,
     labels: BTreeMap<String, String>,
     /// Null if the container is not running.
-    pid: Option<u32>,
-    paused: bool,
-    baseline: String,
+    pub(super) pid: Option<u32>,
+    pub(super) paused: bool,
+    pub(super) baseline: String,
     /// Null without a baseline.
     known_by: Option<String>,
-    watched: bool,
+    pub(super) watched: bool,
     armed_before_start: bool,
     problem: Option<String>,
-    findings: u64,
+    pub(super) findings: u64,
+    /// Null from an older daemon.
+    pub(super) findings_by_severity: Option<BTreeMap<Severity, u64>>,
+    /// The losses because of which the view of it is incomplete now.
+    pub(super) incomplete: Vec<String>,
 }
 
 impl Containers {
@@ -55,7 +60,12 @@ impl Containers {
     }
 }
 
-fn container_json(container: proto::Container) -> anyhow::Result<ContainerJson> {
+pub(super) fn container_json(container: proto::Container) -> anyhow::Result<ContainerJson> {
+    let by_severity: BTreeMap<Severity, u64> = container
+        .findings_by_severity
+        .iter()
+        .filter_map(|one| Some((convert::severity_from_proto(one.severity())?, one.count)))
+        .collect();
     Ok(ContainerJson {
         schema: "driftd.container/v1",
         id: ContainerId::new(&container.namespace, &container.id),
@@ -71,8 +81,22 @@ fn container_json(container: proto::Container) -> anyhow::Result<ContainerJson> 
         watched: container.watched,
         armed_before_start: container.armed_before_start,
         problem: (!container.problem.is_empty()).then_some(container.problem),
+        // Only an older daemon has findings and no severities.
+        findings_by_severity: (container.findings == 0 || !by_severity.is_empty())
+            .then_some(by_severity),
         findings: container.findings,
+        incomplete: container.incomplete,
     })
+}
+
+impl ContainerJson {
+    pub(super) fn state(&self) -> &'static str {
+        match (self.pid, self.paused) {
+            (None, _) => "stopped",
+            (Some(_), true) => "paused",
+            (Some(_), false) => "running",
+        }
+    }
 }
 
 impl Listed for ContainerJson {
@@ -96,11 +120,6 @@ impl Listed for ContainerJson {
     }
 
     fn row(&self, style: &Style) -> Vec<Field> {
-        let state = match (self.pid, self.paused) {
-            (None, _) => "stopped",
-            (Some(_), true) => "paused",
-            (Some(_), false) => "running",
-        };
         let watched = match (self.watched, self.armed_before_start) {
             (false, _) => "NO",
             (true, true) => "before start",
@@ -110,7 +129,7 @@ impl Listed for ContainerJson {
             safe(&self.id.namespace).into(),
             style.id(&self.id.id).into(),
             safe(self.image.name.as_deref().unwrap_or("-")).into(),
-            state.into(),
+            self.state().into(),
             safe(&self.baseline).into(),
             watched.into(),
         ];
@@ -286,6 +305,8 @@ mod tests {
             armed_before_start: true,
             problem: None,
             findings: 2,
+            findings_by_severity: Some(BTreeMap::from([(Severity::High, 2)])),
+            incomplete: vec!["armed_late".into()],
         }
     }
 

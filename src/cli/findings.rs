@@ -107,7 +107,7 @@ impl clap::builder::TypedValueParser for KindsParser {
     }
 }
 
-fn severity_parser() -> impl clap::builder::TypedValueParser<Value = Severity> {
+pub(super) fn severity_parser() -> impl clap::builder::TypedValueParser<Value = Severity> {
     PossibleValuesParser::new(Severity::ALL.iter().map(|severity| severity.name())).map(|name| {
         name.to_ascii_lowercase().parse().expect("clap lets only names of severities through")
     })

@@ -42,6 +42,7 @@ mod story;
 mod suggest;
 mod summary;
 mod timeline;
+mod top;
 mod when;
 
 /// Reports when running containers no longer match their images.
@@ -91,6 +92,8 @@ enum Command {
     Summary(Box<summary::Summary>),
     /// List or follow the sessions in containers: how each began, and for which user
     Sessions(sessions::Sessions),
+    /// Show containers, findings, sessions and losses live, and respond to them
+    Top(top::Top),
     /// Show what happened in a container, in the order of time
     Timeline(timeline::Timeline),
     /// Show everything about one finding, or about one session with its commands
@@ -207,6 +210,7 @@ impl Cli {
             Command::Findings(findings) => findings.run(reader),
             Command::Summary(summary) => summary.run(reader),
             Command::Sessions(sessions) => sessions.run(reader),
+            Command::Top(top) => top.run(server),
             Command::Timeline(timeline) => timeline.run(reader),
             Command::Show(show) => show.run(reader),
             Command::Members(members) => members.run(reader),

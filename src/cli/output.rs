@@ -708,6 +708,11 @@ pub(super) fn time(time: Timestamp) -> String {
     time.to_zoned(zone()).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
 }
 
+/// The same without the date.
+pub(super) fn clock(time: Timestamp) -> String {
+    time.to_zoned(zone()).strftime("%H:%M:%S %Z").to_string()
+}
+
 /// Bytes in the unit that fits.
 pub(super) fn size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()

@@ -10,7 +10,7 @@ use clap::Subcommand;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::client::{Client, call};
+use super::client::{Client, call, explain, talk};
 use super::exit::Exit;
 use super::output::{Output, one, safe, time};
 use crate::api::{convert, proto};
@@ -70,11 +70,11 @@ pub(super) struct Target {
 }
 
 #[derive(Serialize)]
-struct ResponseJson {
+pub(super) struct ResponseJson {
     schema: &'static str,
     container: ContainerId,
     reason: String,
-    outcome: Outcome,
+    pub(super) outcome: Outcome,
 }
 
 /// A rule whose answers are stopped.
@@ -115,22 +115,30 @@ impl Respond {
             container: target.container.unwrap_or_default(),
             finding: target.finding.unwrap_or_default(),
             action: convert::action_to_proto(action).into(),
-            reason: target.reason.clone(),
+            reason: target.reason,
             no_restart,
             pid: pid.unwrap_or_default(),
         };
-        let response = call(socket, request, Client::respond)?;
-        let outcome =
-            response.outcome.ok_or_else(|| anyhow::anyhow!("driftd returned no outcome"))?;
-        let json = ResponseJson {
-            schema: "driftd.response/v1",
-            container: ContainerId::new(&response.namespace, &response.container),
-            reason: target.reason,
-            outcome: convert::outcome_from_proto(outcome)?,
-        };
+        let json = talk(socket, |client| send(client, request))?;
         one(&json, target.output.format, || text(&json))?;
         Ok(if json.outcome.succeeded { Exit::Clean } else { Exit::Failed })
     }
+}
+
+/// Sends a request for a response, and returns the outcome.
+pub(super) async fn send(
+    mut client: Client,
+    request: proto::RespondRequest,
+) -> anyhow::Result<ResponseJson> {
+    let reason = request.reason.clone();
+    let response = client.respond(request).await.map_err(explain)?.into_inner();
+    let outcome = response.outcome.ok_or_else(|| anyhow::anyhow!("driftd returned no outcome"))?;
+    Ok(ResponseJson {
+        schema: "driftd.response/v1",
+        container: ContainerId::new(&response.namespace, &response.container),
+        reason,
+        outcome: convert::outcome_from_proto(outcome)?,
+    })
 }
 
 fn resume_answers(
@@ -155,7 +163,8 @@ fn resume_answers(
     Ok(Exit::Clean)
 }
 
-fn text(response: &ResponseJson) -> String {
+/// The outcome in one line.
+pub(super) fn text(response: &ResponseJson) -> String {
     let result = if response.outcome.succeeded { "done" } else { "FAILED" };
     format!(
         "{} {}: {result}: {}\n",

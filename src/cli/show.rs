@@ -53,6 +53,15 @@ impl Show {
     }
 }
 
+/// What `driftd show` prints for people.
+pub(super) async fn text_of(client: Client, id: String) -> anyhow::Result<String> {
+    let now = Timestamp::now();
+    Ok(match find(client, id).await? {
+        Shown::Finding(whole) => text(&whole, now),
+        Shown::Session(story) => story.text(now),
+    })
+}
+
 /// The one finding or session whose ID begins with `id`.
 async fn find(mut client: Client, id: String) -> anyhow::Result<Shown> {
     // An older driftd has no sessions.

@@ -28,25 +28,25 @@ pub(super) struct Status {
 
 // Long: each field is a key of the published JSON.
 #[derive(Serialize)]
-struct StatusJson {
+pub(super) struct StatusJson {
     schema: &'static str,
-    version: String,
-    node: String,
-    started_at: Timestamp,
-    complete: bool,
-    problems: Vec<String>,
-    endpoints: Vec<EndpointJson>,
-    containers_watched: u32,
+    pub(super) version: String,
+    pub(super) node: String,
+    pub(super) started_at: Timestamp,
+    pub(super) complete: bool,
+    pub(super) problems: Vec<String>,
+    pub(super) endpoints: Vec<EndpointJson>,
+    pub(super) containers_watched: u32,
     baselines: u32,
     baselines_verified: u32,
     baselines_pending: u32,
     baseline_queue: QueueJson,
     containers_without_baseline: u32,
-    findings: u64,
-    gate_answers: u64,
+    pub(super) findings: u64,
+    pub(super) gate_answers: u64,
     data_writes: u64,
     /// Null until the daemon has begun to watch.
-    gate: Option<GateJson>,
+    pub(super) gate: Option<GateJson>,
     /// Changes that scans found, without the process that made them.
     left_to_sweeps: u64,
     /// Executions whose arguments the kernel had no room to record.
@@ -54,12 +54,12 @@ struct StatusJson {
     /// The same for programs of the host, which are not watched.
     arguments_unrecorded_of_host: u64,
     /// What waits to be examined, the oldest first.
-    backlogs: Vec<BacklogJson>,
-    losses: Vec<Loss>,
+    pub(super) backlogs: Vec<BacklogJson>,
+    pub(super) losses: Vec<Loss>,
     /// What waits for the daemon's threads, and whether they make progress.
     threads: Vec<ThreadJson>,
     /// The times in which the view was incomplete: the open ones, then the newest.
-    gaps: Vec<GapJson>,
+    pub(super) gaps: Vec<GapJson>,
     /// Null if the pipeline does not reply, or the daemon has no rules yet.
     policy: Option<PolicyJson>,
     /// The rules whose answers are stopped: they only report.
@@ -69,15 +69,15 @@ struct StatusJson {
 }
 
 #[derive(Serialize)]
-struct BacklogJson {
-    container: String,
+pub(super) struct BacklogJson {
+    pub(super) container: String,
     stage: String,
     waiting: u64,
-    oldest_milliseconds: u64,
+    pub(super) oldest_milliseconds: u64,
 }
 
 #[derive(Serialize)]
-struct ThreadJson {
+pub(super) struct ThreadJson {
     name: String,
     /// Null for a thread without a queue.
     queued: Option<u64>,
@@ -94,7 +94,7 @@ pub(super) fn seconds(milliseconds: u64) -> f64 {
 }
 
 #[derive(Serialize)]
-struct QueueJson {
+pub(super) struct QueueJson {
     recording: u32,
     waiting: u32,
     oldest_seconds: u64,
@@ -102,8 +102,8 @@ struct QueueJson {
 }
 
 #[derive(Serialize)]
-struct GateJson {
-    mode: String,
+pub(super) struct GateJson {
+    pub(super) mode: String,
     /// Why the mode is not the one in the settings.
     instead: Option<String>,
     ignored: u64,
@@ -113,9 +113,9 @@ struct GateJson {
 }
 
 #[derive(Serialize)]
-struct EndpointJson {
+pub(super) struct EndpointJson {
     socket: String,
-    connected: bool,
+    pub(super) connected: bool,
     reason: Option<String>,
 }
 
@@ -129,7 +129,7 @@ impl Status {
 }
 
 // Long: one line for each key.
-fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<StatusJson> {
+pub(super) fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<StatusJson> {
     Ok(StatusJson {
         schema: "driftd.status/v1",
         started_at: convert::time_from_proto("started_at", status.started_at)?,

@@ -1,12 +1,14 @@
 //! The findings about one container, found by ID, by path and by kind, and the room that they
 //! take. It makes and changes no finding: the pipeline does.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::budget::{self, Account, Pool};
 use crate::model::finding::Subject;
-use crate::model::{Blake3Hash, FileEvidence, Finding, FindingId, Kind, Process, RootfsPath};
+use crate::model::{
+    Blake3Hash, FileEvidence, Finding, FindingId, Kind, Process, RootfsPath, Severity,
+};
 
 #[derive(Debug, Default)]
 pub struct Findings {
@@ -50,6 +52,15 @@ impl Findings {
     /// How many are reported.
     pub fn reported(&self) -> usize {
         self.by_id.len() - self.accepted
+    }
+
+    /// The severities of those that are reported, and how many have each.
+    pub fn by_severity(&self) -> BTreeMap<Severity, u64> {
+        let mut counts = BTreeMap::new();
+        for finding in self.iter().filter(|finding| !finding.verdict.is_accept()) {
+            *counts.entry(finding.severity).or_default() += 1;
+        }
+        counts
     }
 
     /// Forgets findings, and not the room that they take.

@@ -215,6 +215,16 @@ impl Gaps {
         self.open.iter().map(|open| &open.gap)
     }
 
+    /// The failures whose gaps are open for a container.
+    pub(super) fn names_of(&self, container: &ContainerId) -> Vec<&'static str> {
+        let concerns = |gap: &&Gap| gap.container.as_ref().is_none_or(|id| id == container);
+        let mut names: Vec<_> =
+            self.open().filter(concerns).map(|gap| gap.failure.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
     /// Those that are open, and then the others, newest first.
     pub(super) fn all(&self) -> Vec<Gap> {
         self.open().chain(self.closed.iter().rev()).cloned().collect()
@@ -326,6 +336,22 @@ mod tests {
         // Nothing ran.
         assert!(gaps.opened(down.clone(), Until::Listed));
         assert_eq!(gaps.listed(&HashSet::new(), at(30)), [down]);
+    }
+
+    #[test]
+    fn the_losses_of_a_container_are_those_that_are_not_made_up_for() {
+        let mut gaps = Gaps::default();
+        let late = Gap { failure: Failure::ArmedLate, until: Some(at(11)), ..gap(Some("a"), 10) };
+        gaps.opened(late, awaited(&["a"]));
+        gaps.opened(gap(Some("b"), 10), awaited(&["b"]));
+        gaps.opened(gap(None, 12), awaited(&["a", "b"]));
+        assert_eq!(gaps.names_of(&id("a")), ["armed_late", "pipeline_full"]);
+        assert_eq!(gaps.names_of(&id("b")), ["pipeline_full"]);
+        assert_eq!(gaps.names_of(&id("c")), ["pipeline_full"]);
+        gaps.scanned(&id("a"), at(20), at(21));
+        assert_eq!(gaps.names_of(&id("a")), ["pipeline_full"], "the other one waits for b");
+        gaps.scanned(&id("b"), at(20), at(21));
+        assert_eq!(gaps.names_of(&id("a")), [""; 0]);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What the API requests from the loop, and the replies. Types only: `serve` and `status` make
 //! the replies, and the room `api` converts them for clients.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
@@ -100,6 +102,9 @@ pub struct ContainerView {
     pub armed_before_start: bool,
     pub problem: Option<String>,
     pub findings: u64,
+    pub findings_by_severity: BTreeMap<Severity, u64>,
+    /// The losses because of which the view of it is incomplete now.
+    pub incomplete: Vec<&'static str>,
 }
 
 /// How a container differs from its image right now.

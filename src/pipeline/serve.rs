@@ -33,7 +33,11 @@ impl State {
                 let _ = reply.send(self.status());
             }
             ApiRequest::Containers(reply) => {
-                let views = self.inventory.iter().filter_map(|(_, entry)| view(entry)).collect();
+                let views = self
+                    .inventory
+                    .iter()
+                    .filter_map(|(id, entry)| view(entry, self.gaps.names_of(id)));
+                let views = views.collect();
                 let _ = reply.send(views);
             }
             ApiRequest::Lookup { container, reply } => {

@@ -80,8 +80,8 @@ impl State {
     }
 }
 
-/// A container as clients see it; `None` if it has no record.
-pub(super) fn view(entry: &Entry) -> Option<ContainerView> {
+/// A container as clients see it; `None` if it has no record. `incomplete` names its losses.
+pub(super) fn view(entry: &Entry, incomplete: Vec<&'static str>) -> Option<ContainerView> {
     let mut container = entry.container.clone().filter(|_| !entry.removed)?;
     if container.task.as_ref().map(|task| task.pid) != entry.run.pid {
         let task = |pid| Task {
@@ -105,6 +105,8 @@ pub(super) fn view(entry: &Entry) -> Option<ContainerView> {
         armed_before_start: entry.watch.armed_before_start,
         problem,
         findings: entry.findings.reported() as u64,
+        findings_by_severity: entry.findings.by_severity(),
+        incomplete,
         container,
     })
 }

@@ -37,6 +37,8 @@ fn containers_status_and_baselines_are_shown() {
     let json = node.run(&["containers", "-o", "jsonl"]);
     let json: serde_json::Value = serde_json::from_str(&json.out).unwrap();
     assert_eq!((&json["schema"], &json["pid"]), (&"driftd.container/v1".into(), &4242.into()));
+    assert_eq!(json["findings_by_severity"], serde_json::json!({ "critical": 1 }));
+    assert_eq!(json["incomplete"], serde_json::json!(["armed_late"]));
 
     let status = node.run(&["status"]);
     assert_eq!(status.code, 1, "u10: the daemon replies, and the view is incomplete");

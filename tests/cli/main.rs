@@ -18,3 +18,4 @@ mod program;
 mod samples;
 mod sessions;
 mod socket;
+mod top;

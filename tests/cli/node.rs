@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -33,6 +33,9 @@ use crate::program::{Output, driftd, wait_until};
 use crate::samples::{probe, regular, shops};
 
 pub(crate) const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// When the daemon of the script was started.
+static STARTED_AT: LazyLock<Timestamp> = LazyLock::new(Timestamp::now);
 
 struct NoBlobs;
 
@@ -290,6 +293,8 @@ fn view() -> ContainerView {
         armed_before_start: true,
         problem: None,
         findings: 1,
+        findings_by_severity: BTreeMap::from([(Severity::Critical, 1)]),
+        incomplete: vec!["armed_late"],
     }
 }
 
@@ -371,7 +376,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
     match request {
         ApiRequest::Status(reply) => {
             let _ = reply.send(Status {
-                started_at: Timestamp::now(),
+                started_at: *STARTED_AT,
                 endpoints: vec![EndpointView {
                     socket: "/run/containerd/containerd.sock".into(),
                     connected: false,

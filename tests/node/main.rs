@@ -49,6 +49,7 @@ mod small;
 mod sources;
 mod start;
 mod threads;
+mod top;
 mod trouble;
 mod unit;
 mod vm;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         sessions::tests(),
         start::tests(),
         threads::tests(),
+        top::tests(),
         docker::tests(),
         trouble::tests(),
         volumes::tests(),
@@ -131,9 +133,17 @@ fn prerequisites() -> anyhow::Result<()> {
     {
         programs::find(program)?;
     }
-    for program in
-        ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar", "strip"]
-    {
+    for program in [
+        "script",
+        "setcap",
+        "setpriv",
+        "b3sum",
+        "docker-registry",
+        "skopeo",
+        "tar",
+        "strip",
+        "tmux",
+    ] {
         programs::find(program)?;
     }
     // The machines in which the unit is installed.

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::severity::severity_to_proto;
 use super::value::{Malformed, filled, optional_time_from_proto, parsed, time_to_proto};
 use crate::api::proto;
 use crate::model::{ImageReference, Incarnation, Labels, Pod};
@@ -12,8 +13,16 @@ use crate::pipeline::ContainerView;
 
 /// `known_by`: how the baseline of the container is known, if it has one.
 pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto::Container {
-    let ContainerView { container, baseline, watched, armed_before_start, problem, findings } =
-        view;
+    let ContainerView {
+        container,
+        baseline,
+        watched,
+        armed_before_start,
+        problem,
+        findings,
+        findings_by_severity,
+        incomplete,
+    } = view;
     proto::Container {
         namespace: container.id.namespace.to_string(),
         id: container.id.id.to_string(),
@@ -30,6 +39,14 @@ pub fn container_to_proto(view: ContainerView, known_by: Option<&str>) -> proto:
         findings,
         snapshotter: container.snapshotter,
         known_by: known_by.unwrap_or_default().into(),
+        findings_by_severity: findings_by_severity
+            .into_iter()
+            .map(|(severity, count)| proto::SeverityCount {
+                severity: severity_to_proto(severity).into(),
+                count,
+            })
+            .collect(),
+        incomplete: incomplete.into_iter().map(str::to_owned).collect(),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use prost::Message as _;
 
-use super::finding::{severity_from_proto, severity_to_proto};
+use super::severity::{severity_from_proto, severity_to_proto};
 use super::value::{Malformed, malformed, missing};
 use crate::api::proto;
 use crate::model::RootfsPath;

@@ -9,13 +9,12 @@ use super::container::{image_to_proto, incarnation_to_proto, labels_to_proto, po
 use super::file::{expected_to_proto, file_to_proto};
 use super::process::{identity_to_proto, process_to_proto};
 use super::response::outcome_to_proto;
+use super::severity::severity_to_proto;
 use super::value::{Malformed, malformed, missing, parsed, time_from_proto, time_to_proto};
 use crate::api::proto;
 use crate::history::{AlsoIn, FindingText};
 use crate::model::finding::{ContainerEvidence, MEMBER_SCHEMA};
-use crate::model::{
-    Attack, ContainerId, Finding, Labels, Member, RootfsPath, RuleAnswer, Severity,
-};
+use crate::model::{Attack, ContainerId, Finding, Labels, Member, RootfsPath, RuleAnswer};
 
 // Long: one line for each field of the message.
 pub fn finding_to_proto(finding: Finding) -> proto::Finding {
@@ -163,25 +162,4 @@ pub fn member_from_proto(member: proto::Member) -> Result<Member, Malformed> {
         last_seen: time_from_proto("member.last_seen", member.last_seen)?,
         removed: member.removed,
     })
-}
-
-pub fn severity_to_proto(severity: Severity) -> proto::Severity {
-    match severity {
-        Severity::Info => proto::Severity::Info,
-        Severity::Low => proto::Severity::Low,
-        Severity::Medium => proto::Severity::Medium,
-        Severity::High => proto::Severity::High,
-        Severity::Critical => proto::Severity::Critical,
-    }
-}
-
-pub fn severity_from_proto(severity: proto::Severity) -> Option<Severity> {
-    match severity {
-        proto::Severity::Unspecified => None,
-        proto::Severity::Info => Some(Severity::Info),
-        proto::Severity::Low => Some(Severity::Low),
-        proto::Severity::Medium => Some(Severity::Medium),
-        proto::Severity::High => Some(Severity::High),
-        proto::Severity::Critical => Some(Severity::Critical),
-    }
 }

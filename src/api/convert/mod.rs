@@ -12,6 +12,7 @@ mod policy;
 mod process;
 mod response;
 mod session;
+mod severity;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -23,8 +24,7 @@ pub use diff::{diff_to_proto, diff_to_protos, difference_from_proto, difference_
 pub use file::file_type_name;
 pub use finding::{
     also_in_from_proto, also_in_to_proto, finding_from_proto, finding_text_to_proto,
-    finding_to_proto, member_from_proto, member_to_proto, severity_from_proto, severity_to_proto,
-    stored_finding_to_proto,
+    finding_to_proto, member_from_proto, member_to_proto, stored_finding_to_proto,
 };
 pub(super) use gap::gap;
 pub use gap::gap_to_proto;
@@ -39,6 +39,7 @@ pub use session::{
     command_from_proto, command_to_proto, probe_from_proto, probe_to_proto, session_from_proto,
     session_to_proto, state_from_proto, state_to_proto,
 };
+pub use severity::{severity_from_proto, severity_to_proto};
 pub(super) use status::{
     backlog_to_proto, endpoint_to_proto, finding_count_to_proto, gate_to_proto, loss_to_proto,
     missing_to_proto, queue_to_proto, thread_to_proto,

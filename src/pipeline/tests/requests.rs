@@ -96,3 +96,18 @@ fn a_container_that_cannot_be_compared_has_no_diff_but_a_reason() {
         assert!(err.starts_with(expected), "{err}");
     }
 }
+
+#[test]
+fn the_findings_of_a_container_are_counted_by_severity() {
+    let mut node = Node::running();
+    let counted = |node: &mut Node| {
+        let (reply, mut replied) = oneshot::channel();
+        node.give(Input::Request(ApiRequest::Containers(reply)));
+        let views = replied.try_recv().unwrap();
+        views.into_iter().map(|view| (view.findings, view.findings_by_severity)).collect::<Vec<_>>()
+    };
+    assert_eq!(counted(&mut node), [(0, BTreeMap::new())]);
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    let both = BTreeMap::from([(Severity::Critical, 2)]);
+    assert_eq!(counted(&mut node), [(2, both)]);
+}
