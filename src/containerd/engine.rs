@@ -55,7 +55,7 @@ async fn update(socket: &Path, id: &str) -> Result<(), String> {
     if status == StatusCode::OK {
         return Ok(());
     }
-    let body = body.map(|body| body.to_bytes()).unwrap_or_default();
+    let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     Err(format!("Docker answered {status}{}", message(&body)))
 }
 

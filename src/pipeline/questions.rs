@@ -15,7 +15,9 @@ use super::state::State;
 use crate::detect;
 use crate::inventory::{BaselineState, Entry};
 use crate::model::finding::Subject;
-use crate::model::{Answer, ContainerId, Fact, FindingId, Kind, Observation, RuleAnswer};
+use crate::model::{
+    Answer, ContainerId, Fact, Finding, FindingId, Kind, Observation, RootfsPath, RuleAnswer,
+};
 use crate::watch::{Decision, Question, SensorCommand, Undecided};
 
 impl State {
@@ -62,6 +64,35 @@ impl State {
             let is_denial = |one: &&RuleAnswer| one.action == Answer::Deny;
             verdict.answers.iter().find(is_denial).is_some_and(|answer| !answer.dry_run)
         }))
+    }
+
+    /// A process has run another program of the same name after a denial: shells go on along
+    /// PATH. The finding of the denial names the first such program.
+    pub(super) fn ran_instead(
+        &mut self,
+        container: &ContainerId,
+        denied: &RootfsPath,
+        instead: &str,
+        effects: &mut Vec<Effect>,
+    ) {
+        const RAN: &str = "after the denial, the process ran";
+        let Some(entry) = self.inventory.get_mut(container) else { return };
+        let is_denial = |finding: &&Finding| {
+            finding.outcome.as_ref().is_some_and(|it| it.action == Answer::Deny.name())
+        };
+        let known = entry.findings.about(denied).find(is_denial).map(|finding| finding.id);
+        let Some(id) = known else { return };
+        let Some(finding) = entry.findings.get_mut(&id) else { return };
+        if finding.detail.as_ref().is_some_and(|detail| detail.contains(RAN)) {
+            return;
+        }
+        let ran = format!("{RAN} `{instead}` instead");
+        finding.detail = Some(match finding.detail.take() {
+            Some(detail) => format!("{detail}; {ran}"),
+            None => ran,
+        });
+        finding.revision += 1;
+        effects.push(Effect::finding(finding));
     }
 
     /// Sends the sensors whether executions of a container wait for decisions, if that is new

@@ -77,6 +77,9 @@ impl State {
             SensorEvent::Lost { failure, container, detail, at } => {
                 self.lost(failure, container, detail, at, effects);
             }
+            SensorEvent::RanInstead { container, denied, instead } => {
+                self.ran_instead(&container, &denied, &instead, effects);
+            }
             SensorEvent::Over { failure, container } => {
                 record_closed(self.gaps.over(failure, container.as_ref(), now), effects);
             }

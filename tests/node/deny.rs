@@ -172,6 +172,21 @@ fn denied(node: &Node, times: u32) -> anyhow::Result<()> {
     );
     ensure!(node.losses("undecided")? == 0, "{:#}", node.status()?);
 
+    // A shell goes on along PATH, and the finding says what ran.
+    container.sh("cp /.control/x /tmp/echo; chmod 755 /tmp/echo
+        export PATH=/tmp:/bin; ( exec echo went on ) >/.control/went")?;
+    ensure!(container.sh("cat /.control/went")?.trim() == "went on");
+    wait_for("what ran instead", || {
+        let findings = container.findings()?;
+        let is_it = |one: &Value| {
+            let detail = one["detail"].as_str().unwrap_or_default();
+            one["file"]["path"] == "/tmp/echo"
+                && detail.contains("the process ran `/bin/echo` instead")
+        };
+        Ok(findings.iter().any(is_it).then_some(()))
+    })
+    .with_context(|| format!("{:#?}", container.findings()))?;
+
     // The rule ends, and it runs.
     fs::remove_file(node.path("policy.d").join("10.toml"))?;
     node.driftd(&["policy", "reload"])?;

@@ -168,3 +168,23 @@ fn denials_end_nothing_and_stop_no_rule() {
     restarted.play("exec c1 /tmp/x evil\nexec c2 /tmp/x evil\nexec c3 /tmp/x evil");
     assert_eq!(asked(&mut restarted).len(), 3);
 }
+
+#[test]
+fn the_finding_of_a_denial_names_what_ran_instead_once() {
+    let mut node = denying("kind = [\"exec.*\"]");
+    let instead = |denied: &str, instead: &str| {
+        let (denied, instead) = (at(denied), instead.to_owned());
+        Input::Sensor(SensorEvent::RanInstead { container: id("c1"), denied, instead })
+    };
+    node.give(instead("/opt/bin/ls", "/bin/ls"));
+    assert!(node.findings.is_empty());
+    node.was_denied("exec c1 /opt/bin/ls evil");
+    let before = node.findings.len();
+    node.give(instead("/opt/bin/other", "/bin/other"));
+    assert_eq!(node.findings.len(), before);
+    node.give(instead("/opt/bin/ls", "/bin/ls"));
+    node.give(instead("/opt/bin/ls", "/sbin/ls"));
+    assert_eq!(node.findings.len(), before + 1);
+    let detail = node.findings.last().unwrap().detail.clone();
+    assert_eq!(detail.as_deref(), Some("after the denial, the process ran `/bin/ls` instead"));
+}

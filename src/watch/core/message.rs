@@ -109,6 +109,13 @@ pub enum SensorEvent {
         /// Set when the scan is over: whether it was complete.
         end: Option<bool>,
     },
+    /// A process has run a program of the same name after a denial.
+    RanInstead {
+        container: ContainerId,
+        denied: RootfsPath,
+        /// As execve received it.
+        instead: String,
+    },
     /// A lasting loss, which no scan makes up for, is over.
     Over {
         failure: Failure,

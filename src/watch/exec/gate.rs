@@ -255,9 +255,10 @@ impl Gate {
                 seen.caller.asked = Some(at);
                 self.arrivals.hand_on(seen);
             } else if let Some(mut observation) = observed
-                && let Fact::File(FileFact::Executed { denied, .. }) = &mut observation.fact
+                && let Fact::File(FileFact::Executed { denied, path, .. }) = &mut observation.fact
             {
                 *denied = true;
+                shared.observed().denied(seen.caller.pid, at, path.clone());
                 let container = observation.container.clone();
                 if shared.try_report(SensorEvent::Observed(observation)).is_err() {
                     let watched = shared.table.get(&container);

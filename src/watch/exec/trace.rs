@@ -31,13 +31,14 @@ use super::recorder::Recorder;
 use super::shared::Exec;
 use super::unseen::Unseen;
 use crate::health::Failure;
-use crate::model::ProcessIdentity;
+use crate::model::{ProcessIdentity, printable};
 use crate::sys::connector::Connector;
 use crate::sys::file;
 use crate::sys::perf::{self, Executed, Mapped, Record, Rings};
 use crate::sys::procfs::{self, Handle};
 use crate::threads;
 use crate::watch::core::fair::Sender;
+use crate::watch::core::message::SensorEvent;
 use crate::watch::core::watched::Watched;
 use crate::watch::process::attribution::{self, Attribution};
 use crate::watch::process::outside;
@@ -438,6 +439,17 @@ impl Trace {
         self.shared.table.of_process(&Handle::open(pid).ok()?)
     }
 
+    /// Reports a program that runs in place of one that was denied.
+    fn note_instead(&self, watched: &Watched, executed: &Executed) {
+        let Executed { pid, time, file_name, .. } = executed;
+        let denied = self.shared.observed().instead_of(*pid, *time, file_name);
+        if let Some(denied) = denied {
+            let (container, instead) = (watched.container.clone(), printable(file_name));
+            // If there is no room, the finding of the denial is there all the same.
+            let _ = self.shared.try_report(SensorEvent::RanInstead { container, denied, instead });
+        }
+    }
+
     fn executed(&mut self, executed: &Executed) {
         let before = self.known(executed.pid).end_execve();
         let Before { program, arguments, previous, inherited, parent, .. } = before;
@@ -496,6 +508,7 @@ impl Trace {
             }
             return;
         };
+        self.note_instead(&watched, executed);
         let has_arrived =
             is_made_outside && self.note_arrival(executed, program.as_deref(), &watched);
         self.note_arguments(executed, program.as_deref(), arguments);
