@@ -134,7 +134,7 @@ pub(super) fn entry(entry: Entry) -> &'static str {
 }
 
 /// The user of a session, as far as it is known.
-fn user(session: &Session) -> String {
+pub(super) fn user(session: &Session) -> String {
     match (&session.requested_by, session.login, session.process.uid) {
         (Some(name), _, _) => safe(name),
         (None, Some(login), _) => format!("login uid {}", login.uid),
