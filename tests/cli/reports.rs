@@ -54,7 +54,7 @@ fn a_container_without_any_record_has_an_empty_report() {
         "Nothing is recorded for this time.",
         "No session was seen.",
         "Nothing was found.",
-        "No response is recorded.",
+        "No response is recorded for this time.",
     ] {
         assert!(page.out.contains(text), "{}", page.out);
     }
@@ -81,4 +81,17 @@ fn a_report_names_one_container_or_session() {
     node.stop_server();
     let gone = node.run(&["report", "web"]);
     assert!(gone.code == 2 && gone.err.contains("cannot reach driftd"), "{gone:?}");
+}
+
+#[test]
+fn a_report_does_not_wait_for_a_daemon_that_is_stuck() {
+    let node = Node::stalled();
+    node.store_session(&session(0xa1, 90), &[]);
+    // The name of a container is the pipeline's to resolve.
+    let refused = node.run(&["report", "web"]);
+    assert_eq!((refused.code, refused.out.as_str()), (2, ""));
+    assert!(refused.err.contains("--history"), "{}", refused.err);
+    let state = node.dir.path().join("state");
+    let offline = crate::program::run(&["--history", state.to_str().unwrap(), "report", "a1"]);
+    assert_eq!((offline.code, offline.err.as_str()), (0, ""));
 }

@@ -15,7 +15,7 @@ use crate::cli::gap::{self, GapJson};
 use crate::history::{Happened, TimelineEntry};
 use crate::model::finding::ContainerEvidence;
 use crate::model::{
-    Finding, FindingId, ImageReference, Incarnation, Session, SessionState, Severity,
+    Finding, FindingId, ImageReference, Incarnation, Kind, Session, SessionState, Severity,
 };
 use crate::respond::Response;
 
@@ -111,12 +111,13 @@ pub(super) struct Collector {
     scope: Scope,
     counts: Counts,
     marks: Marks,
-    findings: Best<Finding, FindingKey>,
+    findings: Best<(u64, Finding), FindingKey>,
+    /// How many findings of each kind and severity have come.
+    of_kind: BTreeMap<(Severity, Kind), u64>,
     sessions: Best<SessionPart, SessionKey>,
     responses: Best<Response, Reverse<Timestamp>>,
     gaps: Best<GapJson, Reverse<i64>>,
-    first: Option<Timestamp>,
-    last: Option<Timestamp>,
+    period: Period,
     named: Option<Named>,
     runtime: Option<String>,
     runs: Vec<Incarnation>,
@@ -126,18 +127,24 @@ pub(super) struct Collector {
     own: HashSet<FindingId>,
 }
 
-type FindingKey = (Reverse<Severity>, Timestamp, FindingId);
-type SessionKey = (bool, Reverse<u64>, Reverse<Timestamp>);
+type FindingKey = (Reverse<Severity>, u64, Timestamp, FindingId);
+type SessionKey = (bool, bool, Reverse<u64>, Reverse<Timestamp>);
 
-/// The worst first, and of the same severity the first.
-fn finding_key(finding: &Finding) -> FindingKey {
-    (Reverse(finding.severity), finding.first_seen, finding.id)
+/// The worst first. A flood of one kind leaves room for the others of its severity: the first
+/// of each kind come before the second ones.
+fn finding_key((number, finding): &(u64, Finding)) -> FindingKey {
+    (Reverse(finding.severity), *number, finding.first_seen, finding.id)
 }
 
 /// Those that caused findings first, then those in which commands were typed, then the newest.
 fn session_key(part: &SessionPart) -> SessionKey {
-    let SessionPart { session, .. } = part;
-    (session.interactive.is_none(), Reverse(session.findings_total), Reverse(session.started_at))
+    let session = &part.session;
+    (
+        session.findings_total == 0,
+        session.interactive.is_none(),
+        Reverse(session.findings_total),
+        Reverse(session.started_at),
+    )
 }
 
 /// The longest first; one that is not over is the longest.
@@ -167,17 +174,19 @@ impl Collector {
         let own = scope.session.iter().flat_map(|session| {
             session.findings.iter().copied().chain(session.finding).collect::<Vec<_>>()
         });
+        let Scope { since, until, .. } = scope;
+        let period = Period { since, until, first: None, last: None };
         Collector {
             own: own.collect(),
             scope,
             counts: Counts::default(),
             marks: Marks::default(),
             findings: Best::new(most_findings, finding_key),
+            of_kind: BTreeMap::new(),
             sessions: Best::new(MOST_SESSIONS, session_key),
             responses: Best::new(MOST_RESPONSES, |response| Reverse(response.outcome.at)),
             gaps: Best::new(MOST_GAPS, gap_key),
-            first: None,
-            last: None,
+            period,
             named: None,
             runtime: None,
             runs: Vec::new(),
@@ -230,11 +239,11 @@ impl Collector {
 
     /// The first and the last record lie within the period.
     fn saw(&mut self, at: Timestamp) {
-        let Scope { since, until, .. } = self.scope;
+        let Period { since, until, first, last } = &mut self.period;
         let at = since.map_or(at, |since| at.max(since));
         let at = until.map_or(at, |until| at.min(until));
-        self.first = Some(self.first.map_or(at, |first| first.min(at)));
-        self.last = Some(self.last.map_or(at, |last| last.max(at)));
+        *first = Some(first.map_or(at, |first| first.min(at)));
+        *last = Some(last.map_or(at, |last| last.max(at)));
     }
 
     fn session(&mut self, session: Session, end: Option<Timestamp>) {
@@ -296,7 +305,16 @@ impl Collector {
         self.counts.findings += 1;
         *self.counts.by_severity.entry(finding.severity).or_default() += 1;
         self.marks.findings.push((finding.first_seen, finding.severity));
-        self.findings.add(finding);
+        // What was answered is listed before everything else of its severity.
+        let number = match finding.outcome {
+            Some(_) => 0,
+            None => {
+                let of_kind = self.of_kind.entry((finding.severity, finding.kind)).or_default();
+                *of_kind += 1;
+                *of_kind
+            }
+        };
+        self.findings.add((number, finding));
     }
 
     fn count_rules(&mut self, finding: &Finding) {
@@ -353,7 +371,10 @@ impl Collector {
 
     pub(super) fn finish(self) -> Collected {
         let mut counts = self.counts;
-        let findings = self.findings.finish();
+        let mut findings = self.findings.finish();
+        findings.sort_by_key(|(_, finding)| {
+            (Reverse(finding.severity), finding.first_seen, finding.id)
+        });
         let (mut sessions, mut responses, mut gaps) =
             (self.sessions.finish(), self.responses.finish(), self.gaps.finish());
         sessions.sort_by_key(|part| (part.session.started_at, part.session.id));
@@ -368,14 +389,13 @@ impl Collector {
         counts.responses_listed = number(responses.len());
         counts.gaps_listed = number(gaps.len());
         counts.commands_listed = sessions.iter().map(|part| number(part.commands.len())).sum();
-        let Scope { since, until, .. } = self.scope;
         Collected {
-            period: Period { since, until, first: self.first, last: self.last },
+            period: self.period,
             counts,
             marks: self.marks,
             findings: findings
                 .into_iter()
-                .map(|finding| FindingPart { finding, members: Vec::new() })
+                .map(|(_, finding)| FindingPart { finding, members: Vec::new() })
                 .collect(),
             sessions,
             responses,
@@ -386,5 +406,159 @@ impl Collector {
             generations: self.generations,
             rules: self.rules,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{findings, sessions};
+    use crate::model::{Command, Disposition, SessionId};
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_795_000_000 + seconds).unwrap()
+    }
+
+    fn entry(at: Timestamp, what: Happened) -> Option<TimelineEntry> {
+        Some(TimelineEntry { at, what })
+    }
+
+    fn finding(number: u8, kind: Kind, seconds: i64) -> Finding {
+        let mut finding = findings::tests::sample();
+        finding.id = FindingId([number; 16]);
+        (finding.kind, finding.severity) = (kind, Severity::Critical);
+        (finding.first_seen, finding.last_seen) = (at(seconds), at(seconds));
+        finding
+    }
+
+    fn session(number: u16, seconds: i64) -> Session {
+        let mut session = sessions::tests::sample();
+        session.id = SessionId([0; 16]);
+        session.id.0[..2].copy_from_slice(&number.to_be_bytes());
+        (session.started_at, session.ended_at) = (at(seconds), Some(at(seconds + 10)));
+        (session.findings, session.findings_total) = (Vec::new(), 0);
+        session
+    }
+
+    fn collect(scope: Scope, most: usize, entries: Vec<Option<TimelineEntry>>) -> Collected {
+        let mut collector = Collector::new(scope, most);
+        entries.into_iter().for_each(|entry| collector.take(entry));
+        collector.finish()
+    }
+
+    fn found(finding: Finding) -> Option<TimelineEntry> {
+        entry(finding.first_seen, Happened::Finding(Box::new(finding)))
+    }
+
+    #[test]
+    fn a_flood_of_one_kind_leaves_room_for_the_others() {
+        let mut entries: Vec<_> =
+            (0..200).map(|number| found(finding(number, Kind::ExecNew, number.into()))).collect();
+        entries.push(found(finding(201, Kind::ShellReverse, 300)));
+        let mut killed = finding(202, Kind::ExecNew, 400);
+        killed.outcome = findings::tests::samples().remove(2).outcome;
+        assert!(killed.outcome.is_some());
+        entries.push(found(killed));
+        let collected = collect(Scope::default(), 5, entries);
+        let listed: Vec<u8> = collected.findings.iter().map(|part| part.finding.id.0[0]).collect();
+        assert_eq!(listed, [0, 1, 2, 201, 202], "the first, and what stands out, in their order");
+        assert_eq!((collected.counts.findings, collected.counts.findings_listed), (202, 5));
+        assert_eq!(collected.marks.findings.len(), 202);
+    }
+
+    #[test]
+    fn what_exceptions_accept_is_counted_and_left_out() {
+        let mut accepted = finding(1, Kind::ExecNew, 0);
+        accepted.verdict.disposition = Disposition::Accept;
+        accepted.verdict.rule = Some("plugins".into());
+        let mut other = finding(2, Kind::ExecNew, 1);
+        other.verdict.rules = vec!["plugins".into(), "curl".into()];
+        other.verdict.policy_generation = 7;
+        let collected = collect(Scope::default(), 5, vec![found(accepted), found(other)]);
+        assert_eq!((collected.counts.findings, collected.counts.accepted), (1, 1));
+        let rules: Vec<_> = collected
+            .rules
+            .iter()
+            .map(|(name, count)| (name.as_str(), count.findings, count.accepted))
+            .collect();
+        assert_eq!(rules, [("curl", 1, 0), ("plugins", 2, 1)]);
+        assert_eq!(collected.generations, Some((0, 7)));
+    }
+
+    #[test]
+    fn sessions_and_their_commands_are_bounded() {
+        let sample: Command =
+            serde_json::from_str(include_str!("../../../tests/data/command.json")).unwrap();
+        let mut entries = Vec::new();
+        for number in 0..1000_u16 {
+            let mut one = session(number, number.into());
+            one.findings_total = u64::from(number % 25 == 0);
+            let id = one.id;
+            entries.push(entry(one.started_at, Happened::SessionOpened(Box::new(one))));
+            for index in 1..=150 {
+                let command = Command { session: id, number: index, ..sample.clone() };
+                entries.push(entry(at(number.into()), Happened::Command(Box::new(command))));
+            }
+        }
+        entries.push(None);
+        let collected = collect(Scope::default(), 5, entries);
+        assert_eq!((collected.counts.sessions, collected.counts.unknown), (1000, 1));
+        assert_eq!(collected.sessions.len(), MOST_SESSIONS);
+        for (index, part) in collected.sessions.iter().enumerate() {
+            let number = u16::try_from(index * 25).unwrap().to_be_bytes();
+            assert_eq!(part.session.id.0[..2], number, "those with findings, in their order");
+            assert_eq!((part.commands.len(), part.commands_kept), (MOST_COMMANDS, 150));
+        }
+    }
+
+    #[test]
+    fn an_end_that_was_only_noticed_is_an_end() {
+        let mut unseen = session(1, 0);
+        unseen.ended_at = None;
+        let entries = || {
+            vec![
+                entry(at(0), Happened::SessionOpened(Box::new(unseen.clone()))),
+                entry(at(60), Happened::SessionClosed(Box::new(unseen.clone()))),
+            ]
+        };
+        let since = |seconds| Scope { since: Some(at(seconds)), ..Scope::default() };
+        for scope in [Scope::default(), since(30)] {
+            let collected = collect(scope, 5, entries());
+            let mark = SessionMark { id: unseen.id, start: at(0), end: Some(at(60)) };
+            assert_eq!(collected.marks.sessions, [mark]);
+            assert_eq!(collected.counts.sessions, 1);
+        }
+        let later = collect(since(90), 5, entries());
+        assert_eq!((later.counts.sessions, later.period.first), (0, None));
+    }
+
+    #[test]
+    fn a_gap_belongs_to_a_session_that_it_overlaps() {
+        let only = session(1, 100);
+        let gap = |from: i64, until: Option<i64>| {
+            entry(
+                at(from),
+                Happened::Gap {
+                    name: format!("from {from}"),
+                    container: None,
+                    detail: String::new(),
+                    until: until.map(at),
+                },
+            )
+        };
+        let entries = vec![
+            gap(0, Some(99)),
+            gap(0, Some(101)),
+            gap(105, None),
+            gap(50, None),
+            gap(111, None),
+        ];
+        let scope = Scope { session: Some(Box::new(only)), ..Scope::default() };
+        let collected = collect(scope, 5, entries);
+        let names: Vec<_> =
+            collected.gaps.iter().map(|gap| (gap.name.as_str(), gap.until)).collect();
+        let expected = [("from 0", Some(at(101))), ("from 50", None), ("from 105", None)];
+        assert_eq!(names, expected);
+        assert_eq!(collected.period.last, Some(at(105)));
     }
 }

@@ -346,39 +346,47 @@ fn flags(report: &Report, axis: &Axis, y: i32) -> Vec<Flag> {
     flags
 }
 
+/// Gaps that are drawn as one.
+struct Unseen {
+    from: i32,
+    to: i32,
+    start: Timestamp,
+    /// `None` if one of them is not over.
+    end: Option<Timestamp>,
+    count: u64,
+}
+
 /// The times that were not seen. Those that touch in the drawing are one.
 fn merged_gaps(marks: &Marks, axis: &Axis, horizon: Timestamp, y: i32) -> Vec<Bar> {
-    let mut ranges: Vec<(i32, i32, bool)> = marks
-        .gaps
-        .iter()
-        .map(|mark| {
-            let (x, end) = (axis.x(mark.start), axis.x(mark.end.unwrap_or(horizon)));
-            (x, end.max(x + LEAST), mark.end.is_none())
-        })
-        .collect();
-    ranges.sort_unstable();
-    let mut merged: Vec<(i32, i32, bool, u64)> = Vec::new();
-    for (from, to, is_open) in ranges {
+    let mut gaps = marks.gaps.clone();
+    gaps.sort_unstable_by_key(|mark| mark.start);
+    let mut merged: Vec<Unseen> = Vec::new();
+    for GapMark { start, end } in gaps {
+        let from = axis.x(start);
+        let to = axis.x(end.unwrap_or(horizon)).max(from + LEAST);
         match merged.last_mut() {
-            Some(last) if from <= last.1 + 2 => {
-                last.1 = last.1.max(to);
-                last.2 |= is_open;
-                last.3 += 1;
+            Some(last) if from <= last.to + 2 => {
+                last.to = last.to.max(to);
+                last.end = last.end.zip(end).map(|(one, other)| one.max(other));
+                last.count += 1;
             }
-            _ => merged.push((from, to, is_open, 1)),
+            _ => merged.push(Unseen { from, to, start, end, count: 1 }),
         }
     }
-    let bar = |(from, to, is_open, count)| Bar {
-        x: from,
-        y,
-        width: to - from,
-        title: match is_open {
-            true => format!("{}, not over", number(count, "gap")),
-            false => number(count, "gap"),
-        },
-        label: String::new(),
-        text_x: from,
-        is_open,
+    let bar = |gap: Unseen| {
+        let (count, start) = (number(gap.count, "gap"), time(gap.start));
+        Bar {
+            x: gap.from,
+            y,
+            width: gap.to - gap.from,
+            title: match gap.end {
+                None => format!("{count} since {start}, not over"),
+                Some(end) => format!("{count}, {start} to {}", time(end)),
+            },
+            label: String::new(),
+            text_x: gap.from,
+            is_open: gap.end.is_none(),
+        }
     };
     merged.into_iter().map(bar).collect()
 }
@@ -441,5 +449,79 @@ pub(super) fn unseen_in_words(report: &Report) -> String {
         0 => format!("{all} in all"),
         1 => format!("{all} in all so far, one not over"),
         open => format!("{all} in all so far, {open} not over"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_795_000_000 + seconds).unwrap()
+    }
+
+    /// An axis on which a second is a pixel.
+    fn axis() -> Axis {
+        Axis::of((0..=800).map(at).collect(), 0, 800).unwrap()
+    }
+
+    fn dots(seconds: &[i64]) -> Vec<(i32, String)> {
+        let times: Vec<Timestamp> = seconds.iter().copied().map(at).collect();
+        let dots = cluster(&times, &axis(), Severity::High, 0);
+        dots.into_iter().map(|dot| (dot.x, dot.count)).collect()
+    }
+
+    #[test]
+    fn findings_whose_dots_would_touch_are_one_dot() {
+        let dot = |x, count: &str| (x, count.to_owned());
+        assert_eq!(dots(&[10, 40, 700]), [dot(10, ""), dot(40, ""), dot(700, "")]);
+        assert_eq!(dots(&[10, 20, 40]), [dot(15, "2"), dot(40, "")]);
+        assert_eq!(dots(&[7; 1234]), [dot(7, "1.2k")]);
+        assert_eq!(dots(&[7; 56_789]), [dot(7, "56k")]);
+        let times = [at(10), at(20)];
+        let title = cluster(&times, &axis(), Severity::High, 0).remove(0).title;
+        assert_eq!(title, format!("2 findings, high: {} to {}", time(at(10)), time(at(20))));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_dot_covers_another_and_none_is_lost(
+            seconds in proptest::collection::vec(0_i64..800, 1..300)
+        ) {
+            let times: Vec<Timestamp> = seconds.iter().copied().map(at).collect();
+            let dots = cluster(&times, &axis(), Severity::Low, 0);
+            for pair in dots.windows(2) {
+                proptest::prop_assert!(pair[1].x - pair[0].x > pair[1].r + pair[0].r);
+            }
+            let count = |dot: &Dot| if dot.count.is_empty() { 1 } else { dot.count.parse().unwrap() };
+            proptest::prop_assert_eq!(dots.iter().map(count).sum::<usize>(), seconds.len());
+        }
+    }
+
+    #[test]
+    fn gaps_that_touch_are_one_and_last_as_long_as_the_longest() {
+        let mark = |start, end: Option<i64>| GapMark { start: at(start), end: end.map(at) };
+        let gaps =
+            vec![mark(500, None), mark(100, Some(300)), mark(150, Some(200)), mark(301, Some(310))];
+        let marks = Marks { gaps, ..Marks::default() };
+        let bars: Vec<_> = merged_gaps(&marks, &axis(), at(800), 0)
+            .into_iter()
+            .map(|bar| (bar.x, bar.width, bar.is_open, bar.title))
+            .collect();
+        let title = |text: String, from| format!("{text} {}", time(at(from)));
+        assert_eq!(
+            bars,
+            [
+                (100, 210, false, title(title("3 gaps,".into(), 100) + " to", 310)),
+                (500, 300, true, title("1 gap since".into(), 500) + ", not over"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_long_name_is_cut_by_its_width() {
+        assert_eq!(cut("alice@example.org"), "alice@example.org");
+        let cut = cut(&"木".repeat(40));
+        assert!(cut.ends_with('…') && cut.width() <= MOST_CHARACTERS, "{cut}");
     }
 }

@@ -5,11 +5,13 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 use tonic::{Code, Response, Status};
 
 use super::collect::{Collected, Collector, Named, RuleCount, Scope};
 use super::model::{Identity, Made, Now, PolicyUsed, Report, RuleUsed, SCHEMA, View};
-use super::target::Target;
+use super::target::{PATIENCE, Target};
 use crate::api::convert::{self, timeline_entry_from_proto};
 use crate::api::proto;
 use crate::cli::client::{Client, Server, explain};
@@ -44,9 +46,15 @@ pub(super) async fn gather(
     let scope = Scope { session, since: wanted.since, until: wanted.until };
     let mut collected = collect(&mut client, &id, scope, wanted.most_findings).await?;
     add_members(&mut client, &mut collected).await?;
-    let status = from_daemon(client.get_status(proto::GetStatusRequest {}).await)?;
-    let list = from_daemon(client.list_containers(proto::ListContainersRequest {}).await)?;
-    let policy = from_daemon(client.get_policy(proto::GetPolicyRequest {}).await)?;
+    let mut late = Vec::new();
+    let status = client.clone().get_status(proto::GetStatusRequest {}).await;
+    let status = from_daemon(Ok(status))?;
+    let list = timeout(PATIENCE, client.list_containers(proto::ListContainersRequest {})).await;
+    late.extend(list.is_err().then_some("what it watches"));
+    let list = from_daemon(list)?;
+    let policy = timeout(PATIENCE, client.get_policy(proto::GetPolicyRequest {})).await;
+    late.extend(policy.is_err().then_some("its rules"));
+    let policy = from_daemon(policy)?;
     let containers = list.map(|list| list.containers).unwrap_or_default();
     let now =
         containers.into_iter().find(|one| (&*one.namespace, &*one.id) == (&*id.namespace, &*id.id));
@@ -69,7 +77,7 @@ pub(super) async fn gather(
         session_id,
         period: collected.period,
         policy: policy_used(collected.generations, &collected.rules, policy)?,
-        view: view(status)?,
+        view: view(status, &late)?,
         container: identity(id, &mut collected, now)?,
         counts: collected.counts,
         listed: collected.findings.iter().map(|part| part.finding.id).collect(),
@@ -81,8 +89,12 @@ pub(super) async fn gather(
     })
 }
 
-/// A reply that only a daemon can give; `None` from a history, or from an older daemon.
-fn from_daemon<T>(reply: Result<Response<T>, Status>) -> anyhow::Result<Option<T>> {
+/// A reply that only a daemon can give; `None` from a history, from an older daemon, and from
+/// one that is too busy. A report must not wait for a daemon that is stuck.
+fn from_daemon<T>(
+    reply: Result<Result<Response<T>, Status>, Elapsed>,
+) -> anyhow::Result<Option<T>> {
+    let Ok(reply) = reply else { return Ok(None) };
     match reply {
         Ok(reply) => Ok(Some(reply.into_inner())),
         Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::Unimplemented) => {
@@ -215,12 +227,13 @@ fn policy_used(
     })
 }
 
-fn view(status: Option<proto::GetStatusResponse>) -> anyhow::Result<View> {
+fn view(status: Option<proto::GetStatusResponse>, late: &[&str]) -> anyhow::Result<View> {
     let Some(status) = status else { return Ok(View::default()) };
     let losses = status.losses.into_iter().filter(|loss| loss.count > 0);
+    let late = late.iter().map(|what| format!("the daemon has not answered in time: {what}"));
     Ok(View {
         complete: Some(status.complete),
-        problems: status.problems,
+        problems: status.problems.into_iter().chain(late).collect(),
         losses: losses.map(|loss| (loss.name, loss.count)).collect(),
         daemon_started_at: convert::optional_time_from_proto("started_at", status.started_at)?,
     })

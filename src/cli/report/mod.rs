@@ -49,7 +49,7 @@ pub(super) struct Report {
     /// List at most this many findings, the worst first (0: all)
     #[arg(long, value_name = "NUMBER", default_value_t = 200)]
     limit: usize,
-    /// Write the report into this file, which only its owner may read, and not to stdout
+    /// Write the report into this file, and not to stdout; a new file is for its owner only
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 }

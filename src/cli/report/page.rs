@@ -239,16 +239,16 @@ fn summary(report: &Report) -> Vec<Phrase> {
     }
     let rest = counts.findings.saturating_sub(most.take(NAMED).count() as u64);
     if rest > 0 {
-        all.push(own(format!("{} more: see “What was found”.", number(rest, "finding"))));
+        all.push(own(format!("{}: see “What was found”.", number(rest, "more finding"))));
     }
     if counts.accepted > 0 {
-        let accepted = number(counts.accepted, "finding");
+        let accepted = number(counts.accepted, "more finding");
         let list = format!("{} --accepted", listing(report, "findings"));
-        all.push(own(format!("Exceptions accept {accepted} more, left out here: ")).quoted(&list));
+        all.push(own(format!("Exceptions accept {accepted}, left out here: ")).quoted(&list));
     }
     all.push(sessions_in_short(report));
     all.push(match report.responses.last() {
-        None => own("No response is recorded: driftd has changed nothing in the container."),
+        None => own("No response is recorded for this time."),
         Some(last) => own(match counts.responses {
             1 => "One response: ".to_owned(),
             several => format!("{several} responses, the last one: "),
@@ -419,7 +419,7 @@ fn responses(report: &Report) -> Vec<ResponseText> {
 fn responses_note(report: &Report) -> Phrase {
     let counts = &report.counts;
     match (counts.responses, counts.responses_listed) {
-        (0, _) => own("No response is recorded. driftd has changed nothing in the container."),
+        (0, _) => own("No response is recorded for this time."),
         (all, listed) if all > listed => {
             own(format!("Listed are the newest {listed} of {all} responses. All of them: "))
                 .quoted(&timeline_command(report))

@@ -65,6 +65,9 @@ impl Phrase {
     }
 
     pub(super) fn quoted(mut self, text: &str) -> Phrase {
+        if text.is_empty() {
+            return self.own("(empty)");
+        }
         let text = safe(text);
         let rest = match text.char_indices().nth(MOST) {
             None => String::new(),

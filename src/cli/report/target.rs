@@ -2,12 +2,18 @@
 //!
 //! The only place that decides this. What else can be reported on becomes another [`Target`].
 
+use std::time::Duration;
+
+use tokio::time::timeout;
 use tonic::{Code, Response, Status};
 
 use crate::api::{convert, proto};
 use crate::cli::client::{Client, explain};
 use crate::cli::output::{safe, short};
 use crate::model::{ContainerId, NamedBy, Session};
+
+/// How long a daemon may take to answer a small question.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) enum Target {
@@ -67,7 +73,14 @@ async fn container(client: &mut Client, text: &str) -> Result<ContainerId, Statu
         as_json: true,
         ..proto::GetTimelineRequest::default()
     };
-    let reply = client.get_timeline(request).await?.into_inner();
+    let reply = timeout(PATIENCE, client.get_timeline(request)).await;
+    let late = |_| {
+        Status::failed_precondition(
+            "driftd has not answered in time (see: driftd status). A report can be made of its \
+             history alone: driftd --history /var/lib/driftd report …",
+        )
+    };
+    let reply = reply.map_err(late)??.into_inner();
     Ok(ContainerId::new(&reply.namespace, &reply.container))
 }
 
