@@ -195,3 +195,38 @@ fn ten_thousand_findings_are_one_usable_page() {
     assert_eq!(browser.value(wide), 0);
     keep_picture(&mut browser, "many.png");
 }
+
+/// Texts of the drawing that cover each other or leave it.
+const COVERED: &str = r"(() => {
+    const svg = document.querySelector('svg');
+    const [, , width, height] = svg.getAttribute('viewBox').split(' ').map(Number);
+    const texts = [...svg.querySelectorAll('text, .response')].filter(
+        one => one.tagName === 'rect' || one.textContent);
+    const boxes = texts.map(one => one.getBBox());
+    const wrong = [];
+    boxes.forEach((a, at) => {
+        if (a.x < 0 || a.x + a.width > width || a.y + a.height > height) wrong.push(texts[at].textContent);
+        boxes.slice(at + 1).forEach((b, next) => {
+            const apart = a.x + a.width <= b.x || b.x + b.width <= a.x
+                || a.y + a.height <= b.y || b.y + b.height <= a.y;
+            if (!apart) wrong.push(texts[at].textContent + ' / ' + texts[at + 1 + next].textContent);
+        });
+    });
+    return wrong;
+})()";
+
+#[test]
+fn a_busy_time_line_is_legible() {
+    let recorded = Recorded::of(incident::busy());
+    let file = page("busy.html", &recorded.report(&[CONTAINER]));
+    let mut browser = Chromium::start();
+    assert_eq!(browser.visit(&file, 1200), quiet(&file));
+    keep_picture(&mut browser, "busy.png");
+    assert_eq!(browser.value(COVERED), json!([]));
+    for (name, records) in [("one", incident::many(1)), ("moment", incident::many(2))] {
+        let recorded = Recorded::of(records);
+        let file = page(&format!("{name}.html"), &recorded.report(&[CONTAINER]));
+        assert_eq!(browser.visit(&file, 1200), quiet(&file));
+        assert_eq!(browser.value(COVERED), json!([]), "{name}");
+    }
+}

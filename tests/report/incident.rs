@@ -255,3 +255,34 @@ pub(crate) fn many(number: u32) -> Vec<Record> {
     };
     (0..number).map(one).collect()
 }
+
+/// Many sessions, responses and gaps at the same time, within a day.
+pub(crate) fn busy() -> Vec<Record> {
+    let mut records = Vec::new();
+    for index in 0..60_u8 {
+        let start = at("00:10:00") + (i64::from(index) * 13).minutes();
+        let end = (index % 7 != 0).then(|| start + (i64::from(index) * 3 + 1).minutes());
+        let mut one = session(index, start, end);
+        one.requested_by = Some(format!("user-{index}-of-a-team-with-a-long-name@example.org"));
+        one.findings_total = u64::from(index % 5);
+        records.push(Record::Session { session: Box::new(one), commands: Vec::new() });
+    }
+    for index in 0..40_u32 {
+        let time = at("00:30:00") + i64::from(index * index).minutes();
+        let action = if index % 3 == 0 { "kill-process" } else { "pause" };
+        let answered = response(action, time, index % 4 != 0, "x");
+        records.push(Record::Response(Box::new(answered)));
+    }
+    for index in 0..50_u32 {
+        let start = at("01:00:00") + (i64::from(index) * 17).minutes();
+        records.push(Record::Gap {
+            name: "pipeline_full".into(),
+            container: None,
+            detail: "x".into(),
+            at: start,
+            until: Some(start + i64::from(index % 9).minutes()),
+        });
+    }
+    records.extend(many(500));
+    records
+}

@@ -29,6 +29,10 @@ const MOST_ROWS: usize = 6;
 const AXIS: i32 = 56;
 /// Responses within this distance are one flag.
 const CLOSE: i32 = 18;
+/// Half of a flag's width.
+const FLAG: i32 = 8;
+/// More flags than this have no line across the drawing.
+const MOST_LINES: usize = 10;
 /// Roughly how wide a character of a session's name is.
 const CHARACTER: i32 = 7;
 const MOST_CHARACTERS: usize = 28;
@@ -51,6 +55,8 @@ pub(super) struct Drawing {
     pub(super) bars: Vec<Bar>,
     pub(super) dots: Vec<Dot>,
     pub(super) responses: Vec<Flag>,
+    /// Whether each flag has a line across all lanes.
+    pub(super) has_lines: bool,
     pub(super) gaps: Vec<Bar>,
 }
 
@@ -153,6 +159,7 @@ pub(super) fn draw(report: &Report, zone: &TimeZone) -> Option<Drawing> {
         lanes,
         bars,
         dots,
+        has_lines: responses.len() <= MOST_LINES,
         responses,
         gaps,
     })
@@ -175,7 +182,7 @@ fn times(marks: &Marks, report: &Report) -> Vec<Timestamp> {
 }
 
 /// Places the bars of sessions in rows, in which they do not cover each other. The sessions
-/// that caused most come first, and have room.
+/// that caused most come first, and have room. Where a name has none, the bar is drawn alone.
 fn place_sessions(report: &Report, axis: &Axis, horizon: Timestamp) -> (Vec<Bar>, usize) {
     let mut order: Vec<&Session> = report.sessions.iter().map(|part| &part.session).collect();
     order.sort_by_key(|session| {
@@ -183,7 +190,7 @@ fn place_sessions(report: &Report, axis: &Axis, horizon: Timestamp) -> (Vec<Bar>
     });
     let ends: BTreeMap<_, _> =
         report.marks.sessions.iter().map(|mark| (mark.id, mark.end)).collect();
-    let mut rows: Vec<Vec<(i32, i32)>> = Vec::new();
+    let mut rows = Rows::default();
     let mut bars = Vec::new();
     for session in order {
         let end = ends.get(&session.id).copied().flatten();
@@ -193,26 +200,21 @@ fn place_sessions(report: &Report, axis: &Axis, horizon: Timestamp) -> (Vec<Bar>
         let text = i32::try_from(label.width()).unwrap_or(0) * CHARACTER;
         // A name that would leave the drawing begins further left than its bar.
         let from = x.min(PLOT + PLOT_WIDTH - text);
-        let taken = (from, (x + width).max(from + text) + CHARACTER);
-        let is_free = |row: &Vec<(i32, i32)>| {
-            row.iter().all(|(start, end)| taken.1 <= *start || taken.0 >= *end)
+        let named = rows.place(from, (x + width).max(from + text) + CHARACTER);
+        let (row, label) = match named {
+            Some(row) => (row, label),
+            None => match rows.place(x, x + width + LEAST) {
+                Some(row) => (row, String::new()),
+                None => continue,
+            },
         };
-        let index = match rows.iter().position(is_free) {
-            Some(index) => index,
-            None if rows.len() < MOST_ROWS => {
-                rows.push(Vec::new());
-                rows.len() - 1
-            }
-            None => continue,
-        };
-        rows[index].push(taken);
         let state = match end {
             None => format!("open since {}", time(session.started_at)),
             Some(end) => format!("{} to {}", time(session.started_at), time(end)),
         };
         bars.push(Bar {
             x,
-            y: i32::try_from(index).unwrap_or(0) * ROW,
+            y: i32::try_from(row).unwrap_or(0) * ROW,
             width,
             title: format!("{}, {}: {state}", entry(session.entry), user(session)),
             label,
@@ -220,7 +222,29 @@ fn place_sessions(report: &Report, axis: &Axis, horizon: Timestamp) -> (Vec<Bar>
             is_open: end.is_none(),
         });
     }
-    (bars, rows.len())
+    (bars, rows.0.len())
+}
+
+/// What is taken of each row.
+#[derive(Default)]
+struct Rows(Vec<Vec<(i32, i32)>>);
+
+impl Rows {
+    /// Takes a part of the first row that has room; `None` if no row has.
+    fn place(&mut self, from: i32, to: i32) -> Option<usize> {
+        let is_free =
+            |row: &Vec<(i32, i32)>| row.iter().all(|(start, end)| to <= *start || from >= *end);
+        let index = match self.0.iter().position(is_free) {
+            Some(index) => index,
+            None if self.0.len() < MOST_ROWS => {
+                self.0.push(Vec::new());
+                self.0.len() - 1
+            }
+            None => return None,
+        };
+        self.0[index].push((from, to));
+        Some(index)
+    }
 }
 
 /// The user of a session or, where that is not known, how it came in.
@@ -329,21 +353,31 @@ fn flags(report: &Report, axis: &Axis, y: i32) -> Vec<Flag> {
             _ => flags.push(Flag { x, y, label, text_x: x + 11, anchor: "start", title }),
         }
     }
+    place_labels(&mut flags);
+    flags
+}
+
+/// Puts each label where it covers neither another label nor a flag, or leaves it out.
+fn place_labels(flags: &mut [Flag]) {
     let mut covered = PLOT;
-    for flag in &mut flags {
+    for index in 0..flags.len() {
+        let next = flags.get(index + 1).map_or(PLOT + PLOT_WIDTH, |next| next.x - FLAG);
+        let flag = &mut flags[index];
         flag.label = cut(&flag.label);
         let text = i32::try_from(flag.label.width()).unwrap_or(0) * CHARACTER;
         if flag.text_x + text > PLOT + PLOT_WIDTH {
             (flag.text_x, flag.anchor) = (flag.x - 11, "end");
         }
-        let begin = if flag.anchor == "end" { flag.text_x - text } else { flag.text_x };
-        match begin < covered {
-            true => flag.label.clear(),
-            false => covered = begin + text,
+        let is_left = flag.anchor == "end";
+        let begin = if is_left { flag.text_x - text } else { flag.text_x };
+        if begin < covered || (!is_left && begin + text > next) {
+            flag.label.clear();
         }
-        covered = covered.max(flag.x);
+        covered = match flag.label.is_empty() || is_left {
+            true => flag.x + FLAG,
+            false => begin + text,
+        };
     }
-    flags
 }
 
 /// Gaps that are drawn as one.
