@@ -149,3 +149,16 @@ fn a_file_has_the_form_of_its_name_and_is_for_its_owner() {
     let missing = recorded.run(&["report", CONTAINER, "--output", "/no/such/directory/x.html"]);
     assert!(missing.code == 2 && missing.err.contains("/no/such/directory"), "{missing:?}");
 }
+
+#[test]
+fn times_are_local_if_the_user_asks_for_it() {
+    let recorded = Recorded::of(records());
+    let page = recorded.run_in("IST-5:30", &["--local-time", "report", CONTAINER]);
+    assert_eq!((page.code, page.err.as_str()), (0, ""));
+    let found = "<time datetime=\"2026-11-20T10:01:30Z\">2026-11-20 15:31:30 IST</time>";
+    assert!(page.out.contains(found), "{}", page.out);
+    // The drawing has round times of that zone.
+    assert!(page.out.contains(">15:31:00</text>") && !page.out.contains("10:01:00"));
+    let utc = recorded.run_in("IST-5:30", &["report", CONTAINER]);
+    assert!(utc.out.contains(">10:01:00</text>") && !utc.out.contains("IST"));
+}

@@ -46,7 +46,14 @@ impl Recorded {
 
     #[track_caller]
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.run_in("UTC0", arguments)
+    }
+
+    /// Runs the program on a machine in another time zone.
+    #[track_caller]
+    pub(crate) fn run_in(&self, zone: &str, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_driftd"));
+        command.env("TZ", zone);
         command.arg("--history").arg(self.path()).args(arguments);
         let output = command.env_remove("DRIFTD_SOCKET").stdin(Stdio::null()).output().unwrap();
         Output {

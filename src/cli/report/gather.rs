@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tonic::{Code, Response, Status};
 
@@ -47,14 +46,12 @@ pub(super) async fn gather(
     let mut collected = collect(&mut client, &id, scope, wanted.most_findings).await?;
     add_members(&mut client, &mut collected).await?;
     let mut late = Vec::new();
-    let status = client.clone().get_status(proto::GetStatusRequest {}).await;
-    let status = from_daemon(Ok(status))?;
-    let list = timeout(PATIENCE, client.list_containers(proto::ListContainersRequest {})).await;
-    late.extend(list.is_err().then_some("what it watches"));
-    let list = from_daemon(list)?;
-    let policy = timeout(PATIENCE, client.get_policy(proto::GetPolicyRequest {})).await;
-    late.extend(policy.is_err().then_some("its rules"));
-    let policy = from_daemon(policy)?;
+    let status = client.get_status(proto::GetStatusRequest {});
+    let status = from_daemon("its status", status, &mut late).await?;
+    let list = client.list_containers(proto::ListContainersRequest {});
+    let list = from_daemon("what it watches", list, &mut late).await?;
+    let policy = client.get_policy(proto::GetPolicyRequest {});
+    let policy = from_daemon("its rules", policy, &mut late).await?;
     let containers = list.map(|list| list.containers).unwrap_or_default();
     let now =
         containers.into_iter().find(|one| (&*one.namespace, &*one.id) == (&*id.namespace, &*id.id));
@@ -90,17 +87,22 @@ pub(super) async fn gather(
 }
 
 /// A reply that only a daemon can give; `None` from a history, from an older daemon, and from
-/// one that is too busy. A report must not wait for a daemon that is stuck.
-fn from_daemon<T>(
-    reply: Result<Result<Response<T>, Status>, Elapsed>,
+/// one that is too busy. A report must not wait for a daemon that is stuck: `late` names what
+/// is missing.
+async fn from_daemon<T>(
+    what: &'static str,
+    reply: impl Future<Output = Result<Response<T>, Status>>,
+    late: &mut Vec<&'static str>,
 ) -> anyhow::Result<Option<T>> {
-    let Ok(reply) = reply else { return Ok(None) };
-    match reply {
-        Ok(reply) => Ok(Some(reply.into_inner())),
-        Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::Unimplemented) => {
+    let is_no_daemon = |code| matches!(code, Code::FailedPrecondition | Code::Unimplemented);
+    match timeout(PATIENCE, reply).await {
+        Ok(Ok(reply)) => Ok(Some(reply.into_inner())),
+        Ok(Err(status)) if is_no_daemon(status.code()) => Ok(None),
+        Ok(Err(status)) => Err(explain(status)),
+        Err(_) => {
+            late.push(what);
             Ok(None)
         }
-        Err(status) => Err(explain(status)),
     }
 }
 
@@ -228,11 +230,15 @@ fn policy_used(
 }
 
 fn view(status: Option<proto::GetStatusResponse>, late: &[&str]) -> anyhow::Result<View> {
-    let Some(status) = status else { return Ok(View::default()) };
-    let losses = status.losses.into_iter().filter(|loss| loss.count > 0);
     let late = late.iter().map(|what| format!("the daemon has not answered in time: {what}"));
+    let late: Vec<String> = late.collect();
+    let Some(status) = status else {
+        let complete = (!late.is_empty()).then_some(false);
+        return Ok(View { complete, problems: late, ..View::default() });
+    };
+    let losses = status.losses.into_iter().filter(|loss| loss.count > 0);
     Ok(View {
-        complete: Some(status.complete),
+        complete: Some(status.complete && late.is_empty()),
         problems: status.problems.into_iter().chain(late).collect(),
         losses: losses.map(|loss| (loss.name, loss.count)).collect(),
         daemon_started_at: convert::optional_time_from_proto("started_at", status.started_at)?,

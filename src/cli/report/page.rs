@@ -476,10 +476,10 @@ fn unseen(report: &Report) -> Vec<Phrase> {
     }
     let view = &report.view;
     all.push(match view.complete {
-        None => own(
-            "The report was made from a history. It has no counters of what was lost, and none \
-             of what a full history has dropped but the gaps above.",
-        ),
+        None => {
+            own("The report was made from a history, which has no counters of what was lost: only \
+             the gaps above.")
+        }
         Some(true) => own("When the report was made, the view of the node was complete."),
         Some(false) => own("When the report was made, the view of the node was incomplete:"),
     });
