@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::api::{convert, proto};
 use crate::model::ContainerId;
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct GapJson {
     pub(super) schema: &'static str,
     pub(super) name: String,

@@ -33,6 +33,7 @@ mod probes;
 mod profiles;
 mod rehearse;
 mod replay;
+mod report;
 mod respond;
 mod sessions;
 mod settings;
@@ -100,6 +101,8 @@ enum Command {
     Show(show::Show),
     /// List the files that one finding stands for
     Members(members::Members),
+    /// Write a report about a container or a session, for people who were not there
+    Report(report::Report),
     /// List the commands that run in containers again and again, and whether each is reported
     Probes(probes::Probes),
     /// Check, list and explain the rules that decide what happens to findings
@@ -161,9 +164,11 @@ impl Command {
             Command::Sessions(sessions) => !sessions.is_following(),
             Command::Probes(probes) => !probes.is_change(),
             Command::Policy(policy) => policy.reads_history(),
-            Command::Timeline(_) | Command::Show(_) | Command::Members(_) | Command::Summary(_) => {
-                true
-            }
+            Command::Timeline(_)
+            | Command::Show(_)
+            | Command::Members(_)
+            | Command::Report(_)
+            | Command::Summary(_) => true,
             _ => false,
         }
     }
@@ -190,8 +195,8 @@ impl Cli {
         let reader = match &self.history {
             Some(_) if !self.command.reads_history() => {
                 eprintln!(
-                    "error: --history is for findings, sessions, timeline, show, members, probes \
-                     and summary, and not for what follows or changes"
+                    "error: --history is for findings, sessions, timeline, show, members, report, \
+                     probes and summary, and not for what follows or changes"
                 );
                 return Ok(Exit::Usage);
             }
@@ -214,6 +219,7 @@ impl Cli {
             Command::Timeline(timeline) => timeline.run(reader),
             Command::Show(show) => show.run(reader),
             Command::Members(members) => members.run(reader),
+            Command::Report(report) => report.run(reader),
             Command::Probes(probes) => probes.run(reader),
             Command::Policy(policy) => policy.run(reader),
             Command::Respond(respond) => respond.run(server),

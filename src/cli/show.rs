@@ -99,7 +99,7 @@ async fn find(mut client: Client, id: String) -> anyhow::Result<Shown> {
 }
 
 /// What a kind means, in a sentence.
-fn sentence(kind: Kind) -> &'static str {
+pub(super) fn sentence(kind: Kind) -> &'static str {
     match kind {
         Kind::ExecNew => "A program was executed that is not in the image.",
         Kind::ExecModified => "A program of the image was executed with other content.",
@@ -320,7 +320,8 @@ fn add_content(
     }
 }
 
-fn differences(expected: &Expected, file: &FileEvidence) -> String {
+/// In which respects a file is not as the image has it.
+pub(super) fn differences(expected: &Expected, file: &FileEvidence) -> String {
     let content = match (expected.blake3, file.blake3) {
         (Some(one), Some(other)) => one != other,
         // Without hashes, only sizes that differ prove another content.

@@ -148,7 +148,7 @@ impl Story {
 }
 
 /// How the session began, in a sentence.
-fn sentence(session: &Session) -> String {
+pub(super) fn sentence(session: &Session) -> String {
     let came = match session.entry {
         Entry::RuntimeExec => "The container's runtime was asked to run something in it",
         Entry::RuntimeDirect => "A container runtime was run by hand to get into it",
@@ -168,7 +168,8 @@ fn sentence(session: &Session) -> String {
     format!("{came}{how}.")
 }
 
-fn end(session: &Session) -> String {
+/// When and how the session ended, as far as it is known.
+pub(super) fn end(session: &Session) -> String {
     match session.state {
         SessionState::Open => "not yet".to_owned(),
         SessionState::Closed => {
@@ -183,21 +184,32 @@ fn end(session: &Session) -> String {
 }
 
 fn add_origin(lines: &mut Lines, session: &Session) {
+    for (index, (what, name)) in origin(session).into_iter().enumerate() {
+        let line = match name {
+            Some(name) => format!("{what} {name}"),
+            None => what,
+        };
+        lines.add(if index == 0 { "Origin" } else { "" }, &line);
+    }
+}
+
+/// Where the session came from, as far as it is known: what is known, and the name that
+/// belongs to it, which others have chosen.
+pub(super) fn origin(session: &Session) -> Vec<(String, Option<String>)> {
     let mut origin = Vec::new();
-    origin
-        .extend(session.requested_by.as_deref().map(|name| format!("requested by {}", safe(name))));
+    origin.extend(
+        session.requested_by.as_deref().map(|name| ("requested by".to_owned(), Some(safe(name)))),
+    );
     origin.extend(session.login.map(|login| {
         let audit = login.audit_session.map(|number| format!(" (audit session {number})"));
-        format!("login uid {} on the node{}", login.uid, audit.unwrap_or_default())
+        (format!("login uid {} on the node{}", login.uid, audit.unwrap_or_default()), None)
     }));
     origin.extend(session.client.as_deref().map(|client| {
         let exec = session.exec_id.as_deref().map(|id| format!(" as {}", safe(id)));
-        format!("through {}{}", safe(client), exec.unwrap_or_default())
+        ("through".to_owned(), Some(format!("{}{}", safe(client), exec.unwrap_or_default())))
     }));
-    origin.push(format!("seen by the {}", safe(&session.discovered)));
-    for (index, line) in origin.iter().enumerate() {
-        lines.add(if index == 0 { "Origin" } else { "" }, line);
-    }
+    origin.push(("seen by the".to_owned(), Some(safe(&session.discovered))));
+    origin
 }
 
 #[cfg(test)]

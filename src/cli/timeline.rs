@@ -18,7 +18,8 @@ use crate::api::convert::{Malformed, timeline_entry_from_proto};
 use crate::api::proto;
 use crate::history::{Happened, TimelineEntry};
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, Session, SessionId,
+    Command, ContainerId, Finding, FindingId, Incarnation, Outcome, ProcessIdentity, Session,
+    SessionId,
 };
 use crate::respond::Response;
 
@@ -56,16 +57,35 @@ struct EntryJson {
     gap: Option<GapJson>,
 }
 
-#[derive(Serialize)]
-struct ResponseJson {
+/// A response as `timeline` and `report` print it.
+#[derive(Debug, Serialize)]
+pub(super) struct ResponseJson {
     schema: &'static str,
     container: ContainerId,
-    reason: String,
-    requested_by: String,
+    pub(super) reason: String,
+    pub(super) requested_by: String,
     requested_at: Timestamp,
-    finding: Option<FindingId>,
+    pub(super) finding: Option<FindingId>,
     incarnation: Option<Incarnation>,
-    outcome: Outcome,
+    /// The process that was meant, if it was one.
+    pub(super) process: Option<ProcessIdentity>,
+    pub(super) outcome: Outcome,
+}
+
+impl From<Response> for ResponseJson {
+    fn from(response: Response) -> ResponseJson {
+        ResponseJson {
+            schema: "driftd.response/v1",
+            container: response.container,
+            reason: response.reason,
+            requested_by: response.requested_by,
+            requested_at: response.requested_at,
+            finding: response.finding,
+            incarnation: response.incarnation,
+            process: response.process,
+            outcome: response.outcome,
+        }
+    }
 }
 
 impl Timeline {
@@ -249,16 +269,7 @@ fn json(entry: TimelineEntry, container: &ContainerId) -> EntryJson {
         }
         Happened::Response(response) => {
             json.kind = "response";
-            json.response = Some(ResponseJson {
-                schema: "driftd.response/v1",
-                container: response.container,
-                reason: response.reason,
-                requested_by: response.requested_by,
-                requested_at: response.requested_at,
-                finding: response.finding,
-                incarnation: response.incarnation,
-                outcome: response.outcome,
-            });
+            json.response = Some((*response).into());
         }
         Happened::Gap { name, container, detail, until } => {
             json.kind = "gap";

@@ -15,6 +15,7 @@ mod history_file;
 mod node;
 mod policy;
 mod program;
+mod reports;
 mod samples;
 mod sessions;
 mod socket;

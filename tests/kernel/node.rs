@@ -327,6 +327,7 @@ pub(crate) fn summary(report: &SensorEvent) -> String {
         | SensorEvent::Scanned { .. }
         | SensorEvent::Compared { .. }
         | SensorEvent::Over { .. }
+        | SensorEvent::RanInstead { .. }
         | SensorEvent::Lost { .. } => format!("{report:?}"),
     }
 }
@@ -341,6 +342,7 @@ pub(crate) fn facts(report: &SensorEvent) -> impl Iterator<Item = &Fact> {
         | SensorEvent::Scanned { .. }
         | SensorEvent::Compared { .. }
         | SensorEvent::Over { .. }
+        | SensorEvent::RanInstead { .. }
         | SensorEvent::Lost { .. } => (None, &[][..]),
     };
     one.into_iter().chain(several).map(|observation| &observation.fact)

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::node::{Container, Node, bench, talk, wait_for, wait_within};
 use crate::programs::compile;
-use crate::test_alone;
+use crate::{sessions, test_alone};
 
 pub(crate) fn tests() -> Vec<Trial> {
     const SETTINGS: &str = "[policy]\ndir = \"{node}/policy.d\"\nenforce = \"on\"";
@@ -227,6 +227,30 @@ fn pauses(node: &Node) -> anyhow::Result<()> {
     let resume = node.driftd(&["respond", "resume", &container.id, "--reason", "a test"])?;
     ensure!(resume.status.success(), "{}", talk(&resume));
     ensure!(running.finish(Duration::from_secs(20))?.output.contains("went on"));
+    reported(node, &container)
+}
+
+/// A report has what was found, what was answered and the sessions.
+fn reported(node: &Node, container: &Container<'_>) -> anyhow::Result<()> {
+    sessions::run(container, &["--exec-id", "visit"], &["/bin/sh", "-c", "sleep 0.3"])?;
+    let report = wait_for("the report of the session", || {
+        let report = node.driftd(&["report", &container.id, "-o", "json"])?;
+        let report: Value =
+            serde_json::from_slice(&report.stdout).with_context(|| talk(&report))?;
+        let commands = report["sessions"][0]["commands"].to_string();
+        Ok(commands.contains("sleep 0.3").then_some(report))
+    })?;
+    let mut findings = report["findings"].as_array().context("no findings")?.iter();
+    let program = findings.find(|part| part["finding"]["file"]["path"] == "/tmp/x");
+    let finding = &program.context("the program is not reported")?["finding"];
+    ensure!(finding["kind"] == "exec.new" && finding["verdict"]["rule"] == "p", "{finding:#}");
+    let responses = report["responses"].as_array().context("no responses")?.iter();
+    let responses: Vec<&Value> = responses.map(|one| &one["outcome"]["action"]).collect();
+    ensure!(responses == ["pause", "resume"], "{responses:?}");
+    ensure!(report["policy"]["rules"][0]["id"] == "p", "{:#}", report["policy"]);
+    ensure!(report["container"]["now"]["state"] == "running", "{:#}", report["container"]);
+    let page = node.driftd(&["report", &container.id])?;
+    ensure!(page.status.success() && page.stdout.starts_with(b"<!doctype html>"), talk(&page));
     Ok(())
 }
 
