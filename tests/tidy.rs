@@ -24,6 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("inventory", &["baseline", "budget", "model"]),
     ("history", &["health", "model", "respond", "threads"]),
     ("respond", &["containerd", "model"]),
+    ("evidence", &["config", "health", "history", "model", "respond", "sys", "threads"]),
     (
         "replay",
         &[
@@ -62,6 +63,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "baseline",
             "budget",
             "containerd",
+            "evidence",
             "health",
             "history",
             "model",
@@ -80,6 +82,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "containerd",
             "daemon",
+            "evidence",
             "gate",
             "guardian",
             "health",

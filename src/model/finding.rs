@@ -360,6 +360,12 @@ impl Verdict {
         self.answers.iter().any(|answer| !answer.dry_run)
     }
 
+    /// Whether evidence is to be taken.
+    pub fn wants_evidence(&self) -> bool {
+        let is_it = |one: &RuleAnswer| one.action == Answer::Evidence && !one.dry_run;
+        self.answers.iter().any(is_it)
+    }
+
     /// Whether an exception expects the finding.
     pub fn is_accept(&self) -> bool {
         self.disposition == Disposition::Accept
@@ -441,6 +447,7 @@ pub enum Disposition {
     /// An exception expects it: it is kept, and left out of listings, streams and responses.
     Accept,
     /// It is reported and answered; this is the strongest of the answers.
+    Evidence,
     KillProcess,
     Pause,
     Kill,
@@ -450,6 +457,7 @@ impl Disposition {
     pub const ALL: &'static [Disposition] = &[
         Disposition::Report,
         Disposition::Accept,
+        Disposition::Evidence,
         Disposition::KillProcess,
         Disposition::Pause,
         Disposition::Kill,
@@ -459,6 +467,7 @@ impl Disposition {
         match self {
             Disposition::Report => "report",
             Disposition::Accept => "accept",
+            Disposition::Evidence => "evidence",
             Disposition::KillProcess => "kill-process",
             Disposition::Pause => "pause",
             Disposition::Kill => "kill",
@@ -470,6 +479,8 @@ impl Disposition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
+    /// Evidence is taken. It changes nothing, and comes before all that does.
+    Evidence,
     /// The process that did it is killed.
     KillProcess,
     /// The container is frozen.
@@ -479,10 +490,12 @@ pub enum Answer {
 }
 
 impl Answer {
-    pub const ALL: &'static [Answer] = &[Answer::KillProcess, Answer::Pause, Answer::Kill];
+    pub const ALL: &'static [Answer] =
+        &[Answer::Evidence, Answer::KillProcess, Answer::Pause, Answer::Kill];
 
     pub fn name(self) -> &'static str {
         match self {
+            Answer::Evidence => "evidence",
             Answer::KillProcess => "kill-process",
             Answer::Pause => "pause",
             Answer::Kill => "kill",
@@ -492,6 +505,7 @@ impl Answer {
     /// The disposition of a finding whose strongest answer this is.
     pub fn disposition(self) -> Disposition {
         match self {
+            Answer::Evidence => Disposition::Evidence,
             Answer::KillProcess => Disposition::KillProcess,
             Answer::Pause => Disposition::Pause,
             Answer::Kill => Disposition::Kill,
@@ -511,8 +525,8 @@ pub struct RuleAnswer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The strongest response that the policy requests: `kill-process`, `pause` or `kill`; null
-    /// if it only reports.
+    /// The strongest response that the policy requests: `evidence`, `kill-process`, `pause` or
+    /// `kill`; null if it only reports.
     pub action: Option<String>,
     /// The rule that decided: an exception, the one whose response is requested, or the one
     /// that has changed the severity. Null for the default.
@@ -535,9 +549,9 @@ pub struct Verdict {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container was started
-    /// again, which is no response of driftd; `stop-answers` if a rule's answers were stopped,
-    /// and `resume-answers`.
+    /// `evidence`, `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container
+    /// was started again, which is no response of driftd; `begin-evidence` before evidence is
+    /// taken; `stop-answers` if a rule's answers were stopped, and `resume-answers`.
     pub action: String,
     pub succeeded: bool,
     /// The container run that the response was for is over: nothing was done.

@@ -1,7 +1,10 @@
-//! IDs of findings, sessions and probes: hashes of what they identify.
+//! IDs of findings, sessions, probes and cases of evidence: hashes of what they identify.
 //!
-//! `FindingId::new` is in `finding`, the other two `new` are in `session`.
+//! `FindingId::new` is in `finding`, those of sessions and probes are in `session`.
 
+use jiff::Timestamp;
+
+use super::container::{ContainerId, Incarnation};
 use super::unknown::UnknownName;
 
 /// Makes a type of 16 bytes, written as 32 hexadecimal digits: the hash of its parts, each
@@ -84,6 +87,34 @@ id! {
 id! {
     /// A probe's ID: the same container and arguments always give the same ID.
     ProbeId, "probe", "driftd probes"
+}
+
+id! {
+    /// The ID of a case of evidence: the same run of a container and the same finding always
+    /// give the same ID, so that later sightings add to one case.
+    CaseId, "case of evidence", "driftd evidence ls"
+}
+
+impl CaseId {
+    /// `at` separates cases that a user takes without a finding.
+    pub fn new(
+        container: &ContainerId,
+        run: Option<Incarnation>,
+        finding: Option<FindingId>,
+        at: Option<Timestamp>,
+    ) -> CaseId {
+        let (pid, start_time) = run.map_or((0, 0), |run| (run.pid, run.start_time.unwrap_or(0)));
+        let at = at.map_or(0, Timestamp::as_microsecond).to_le_bytes();
+        CaseId::of(&[
+            b"case",
+            container.namespace.as_bytes(),
+            container.id.as_bytes(),
+            &pid.to_le_bytes(),
+            &start_time.to_le_bytes(),
+            finding.as_ref().map_or(&[], |finding| &finding.0[..]),
+            &at,
+        ])
+    }
 }
 
 /// 32 hexadecimal digits.

@@ -13,12 +13,13 @@ use super::state::{ResponseReply, State, successful_kill};
 use crate::history::Record;
 use crate::inventory::{Answering, Entry, Killed};
 use crate::model::{
-    Answer, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, RuleAnswer,
-    Verdict,
+    Answer, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, RootfsPath,
+    RuleAnswer, Verdict,
 };
 use crate::policy::KILL_ON;
 use crate::respond::{
-    Action, RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS, TOO_MANY,
+    Action, BEGIN_EVIDENCE, RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS,
+    TOO_MANY,
 };
 
 /// The pauses before a failed response is tried again: each is twice as long as the last one.
@@ -52,6 +53,13 @@ pub(super) struct Cause<'a> {
     pub(super) kind: Kind,
     pub(super) verdict: &'a Verdict,
     pub(super) finding: FindingId,
+    /// The file that it is about, if evidence is to be taken.
+    pub(super) path: Option<RootfsPath>,
+}
+
+/// The file of a finding, if evidence of it is to be taken.
+pub(super) fn path_for(verdict: &Verdict, path: Option<&RootfsPath>) -> Option<RootfsPath> {
+    path.filter(|_| verdict.wants_evidence()).cloned()
 }
 
 impl State {
@@ -59,7 +67,10 @@ impl State {
     /// kept.
     pub(super) fn respond(&mut self, cause: &Cause<'_>, now: Timestamp, effects: &mut Vec<Effect>) {
         for answer in cause.verdict.answers.iter().filter(|answer| !answer.dry_run) {
-            self.answer(cause, answer, now, effects);
+            match answer.action {
+                Answer::Evidence => self.take_evidence(cause, answer, now, effects),
+                _ => self.answer(cause, answer, now, effects),
+            }
         }
     }
 
@@ -226,6 +237,8 @@ impl State {
                         breaker.resume(Some(rule));
                     }
                 }
+                // It changes nothing.
+                action if action == Answer::Evidence.name() || action == BEGIN_EVIDENCE => (),
                 action if outcome.succeeded => {
                     let Some(rule) = rule_of(&requested_by) else { continue };
                     let is_init = |process: ProcessIdentity| {
@@ -264,6 +277,7 @@ impl State {
             requested_at: now,
             finding: Some(answering.finding),
             no_restart: answering.action == Answer::Kill && self.policy.stop_restarts,
+            evidence: None,
         }
     }
 
@@ -381,6 +395,7 @@ impl State {
             process: None,
             pod: None,
             image: None,
+            case: None,
             changed: true,
             reason: format!("pid {} was killed", before.pid),
             requested_by: by,
@@ -508,7 +523,7 @@ fn asked_in(
 }
 
 /// The pod of a container, as `NAMESPACE/NAME`, and its image.
-fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
+pub(super) fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
     let known = entry.container.as_ref();
     let pod = known.and_then(|known| known.pod.as_ref());
     let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
@@ -516,7 +531,7 @@ fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
 }
 
 /// How the history names a rule that has requested a response.
-fn requested_by(rule: &str) -> String {
+pub(super) fn requested_by(rule: &str) -> String {
     if rule == KILL_ON { format!("setting {rule}") } else { format!("rule {rule}") }
 }
 
@@ -541,6 +556,7 @@ fn about_rule(
         process: None,
         pod: None,
         image: None,
+        case: None,
         changed: true,
         reason: reason.to_owned(),
         requested_by,

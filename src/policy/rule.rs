@@ -93,6 +93,7 @@ impl Rule {
             Some(value) => end(&value)?,
         };
         let answers = answer.into_iter().map(|answer| match answer {
+            AnswerText::Evidence => Answer::Evidence,
             AnswerText::KillProcess => Answer::KillProcess,
             AnswerText::Pause => Answer::Pause,
             AnswerText::Kill => Answer::Kill,

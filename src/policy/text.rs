@@ -69,6 +69,9 @@ pub(super) enum EffectText {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum AnswerText {
+    /// It takes evidence: files, processes and what is known of them. With other answers, this
+    /// comes first.
+    Evidence,
     /// It kills the process that did it.
     KillProcess,
     /// It freezes the container.

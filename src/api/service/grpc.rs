@@ -210,6 +210,52 @@ impl DriftService for Service {
         let client = client_of(&request)?;
         self.resume_answers(request.into_inner(), client).await.map(Response::new)
     }
+
+    async fn take_evidence(
+        &self,
+        request: Request<proto::TakeEvidenceRequest>,
+    ) -> Reply<proto::TakeEvidenceResponse> {
+        let client = client_of(&request)?;
+        self.take_evidence(request.into_inner(), client).await.map(Response::new)
+    }
+
+    async fn list_evidence(
+        &self,
+        _: Request<proto::ListEvidenceRequest>,
+    ) -> Reply<proto::ListEvidenceResponse> {
+        self.list_evidence().map(Response::new)
+    }
+
+    async fn get_evidence(
+        &self,
+        request: Request<proto::GetEvidenceRequest>,
+    ) -> Reply<proto::GetEvidenceResponse> {
+        self.get_evidence(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn verify_evidence(
+        &self,
+        request: Request<proto::VerifyEvidenceRequest>,
+    ) -> Reply<proto::VerifyEvidenceResponse> {
+        self.verify_evidence(request.into_inner()).await.map(Response::new)
+    }
+
+    type ExportEvidenceStream = Stream<proto::ExportEvidenceResponse>;
+
+    async fn export_evidence(
+        &self,
+        request: Request<proto::ExportEvidenceRequest>,
+    ) -> Reply<Self::ExportEvidenceStream> {
+        self.export_evidence(&request.into_inner()).map(Response::new)
+    }
+
+    async fn remove_evidence(
+        &self,
+        request: Request<proto::RemoveEvidenceRequest>,
+    ) -> Reply<proto::RemoveEvidenceResponse> {
+        let client = client_of(&request)?;
+        self.remove_evidence(request.into_inner(), &client).await.map(Response::new)
+    }
 }
 
 fn client_of<T>(request: &Request<T>) -> Result<String, Status> {

@@ -301,7 +301,8 @@ fn a_response_needs_no_finding_that_is_kept() {
     let answer = model::RuleAnswer { action: model::Answer::Kill, rule, dry_run: false };
     let verdict = model::Verdict { answers: vec![answer], ..node.state.policy.report() };
     let actor = Actor { init: Some(init(7)), process: None };
-    let cause = Cause { container: &container, actor, kind, verdict: &verdict, finding };
+    let cause =
+        Cause { container: &container, actor, kind, verdict: &verdict, finding, path: None };
     node.state.respond(&cause, Timestamp::UNIX_EPOCH, &mut effects);
     let [Effect::Respond(request)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((request.finding, request.incarnation.unwrap().pid), (Some(finding), 7));
@@ -324,6 +325,7 @@ impl Node {
             reason: "a test".into(),
             requested_by: "uid 0".into(),
             no_restart: false,
+            environment: false,
             reply,
         }));
         replied

@@ -1,0 +1,228 @@
+//! What driftd knows of a container: its findings with their files, its sessions with their
+//! commands, and the responses to it. Read from the history.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::draft::{Cut, Draft};
+use crate::history::{Filter, Lookup, Reader, SessionFilter};
+use crate::model::{
+    ContainerId, Finding, FindingId, Member, Outcome, ProcessIdentity, RootfsPath, Session,
+};
+use crate::respond::Response;
+
+/// How much of the history is kept with a case.
+const MOST_FINDINGS: usize = 2000;
+const PAGE: usize = 500;
+const MOST_MEMBERS: usize = 100_000;
+const MOST_SESSIONS: usize = 64;
+const MOST_COMMANDS: usize = 512;
+const MOST_RESPONSES: usize = 256;
+/// How long the history may take to store the finding that asks for the evidence.
+const STORED_WITHIN: Duration = Duration::from_millis(500);
+const STEP: Duration = Duration::from_millis(10);
+
+/// What is known of a container.
+#[derive(Default)]
+pub(super) struct Story {
+    findings: Vec<Finding>,
+    sessions: Vec<Session>,
+    responses: Vec<Response>,
+    /// What is missing, in words.
+    pub(super) missing: Vec<String>,
+}
+
+/// The lines of `members.jsonl` and `responses.jsonl`. Published JSON schemas.
+#[derive(Serialize)]
+struct MemberLine<'a> {
+    finding: FindingId,
+    #[serde(flatten)]
+    member: &'a Member,
+}
+
+#[derive(Serialize)]
+struct ResponseLine<'a> {
+    reason: &'a str,
+    requested_by: &'a str,
+    requested_at: Timestamp,
+    finding: Option<FindingId>,
+    outcome: &'a Outcome,
+}
+
+impl Story {
+    /// Reads what there is. The history commits a finding a moment after it asks for evidence.
+    pub(super) fn read(
+        reader: &Reader,
+        container: &ContainerId,
+        finding: Option<FindingId>,
+    ) -> Story {
+        let mut story = Story::default();
+        if let Some(finding) = finding {
+            wait_for(reader, finding);
+        }
+        if let Err(err) = story.read_all(reader, container, finding) {
+            story.missing.push(format!("the history cannot be read: {err}"));
+        }
+        story
+    }
+
+    fn read_all(
+        &mut self,
+        reader: &Reader,
+        container: &ContainerId,
+        finding: Option<FindingId>,
+    ) -> Result<(), crate::history::Error> {
+        let meant: Vec<FindingId> = finding.into_iter().collect();
+        for text in reader.findings_of(&meant)? {
+            self.findings.extend(text.parse());
+        }
+        let filter = Filter { container: Some(container.clone()), ..Filter::default() };
+        let mut after = None;
+        while self.findings.len() < MOST_FINDINGS {
+            let page = reader.findings(&filter, after, PAGE)?;
+            self.findings.extend(page.findings.into_iter().filter(|one| Some(one.id) != finding));
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
+        }
+        if after.is_some() {
+            self.missing.push(format!("there are more than {MOST_FINDINGS} findings"));
+        }
+        let filter =
+            SessionFilter { container: Some(container.clone()), ..SessionFilter::default() };
+        self.sessions = reader.sessions(&filter, None, MOST_SESSIONS)?.sessions;
+        self.responses = reader.responses(container)?;
+        let old = self.responses.len().saturating_sub(MOST_RESPONSES);
+        self.responses.drain(..old);
+        self.sort();
+        Ok(())
+    }
+
+    /// The finding that asks for it first, then those of its session, then the most severe.
+    fn sort(&mut self) {
+        let session = self.findings.first().and_then(|first| first.session);
+        if let Some((_, others)) = self.findings.split_first_mut() {
+            others.sort_by_key(|one| {
+                let is_of_session = session.is_some() && one.session == session;
+                (!is_of_session, std::cmp::Reverse(one.severity))
+            });
+        }
+    }
+
+    pub(super) fn findings(&self) -> u64 {
+        self.findings.len() as u64
+    }
+
+    pub(super) fn sessions(&self) -> u64 {
+        self.sessions.len() as u64
+    }
+
+    /// The processes that findings name.
+    pub(super) fn processes(&self) -> HashSet<ProcessIdentity> {
+        let of_finding = |one: &Finding| {
+            let both = one.process.iter().chain(&one.writer);
+            let all = both.flat_map(|process| {
+                let above = process.ancestors.iter().map(|ancestor| ancestor.identity);
+                std::iter::once(process.identity).chain(above)
+            });
+            all.collect::<Vec<_>>()
+        };
+        self.findings.iter().flat_map(of_finding).collect()
+    }
+
+    /// Writes it into the case. Returns the files that findings are about, each once.
+    pub(super) fn write(
+        &self,
+        draft: &mut Draft,
+        reader: &Reader,
+        directory: &str,
+    ) -> Result<Vec<(RootfsPath, FindingId)>, Cut> {
+        let mut lines = draft.lines(&format!("{directory}/findings.jsonl"))?;
+        let ended = self.findings.iter().try_for_each(|one| lines.add(draft, one));
+        lines.end(draft)?;
+        ended?;
+        let mut lines = draft.lines(&format!("{directory}/sessions.jsonl"))?;
+        let ended = self.sessions.iter().try_for_each(|one| lines.add(draft, one));
+        lines.end(draft)?;
+        ended?;
+        self.write_commands(draft, reader, directory)?;
+        let mut lines = draft.lines(&format!("{directory}/responses.jsonl"))?;
+        let ended = self.responses.iter().try_for_each(|one| {
+            let Response { reason, requested_by, requested_at, finding, outcome, .. } = one;
+            let (requested_at, finding) = (*requested_at, *finding);
+            lines.add(draft, &ResponseLine { reason, requested_by, requested_at, finding, outcome })
+        });
+        lines.end(draft)?;
+        ended?;
+        self.write_members(draft, reader, directory)
+    }
+
+    fn write_commands(
+        &self,
+        draft: &mut Draft,
+        reader: &Reader,
+        directory: &str,
+    ) -> Result<(), Cut> {
+        let mut lines = draft.lines(&format!("{directory}/commands.jsonl"))?;
+        let mut ended = Ok(());
+        for session in &self.sessions {
+            let Ok(page) = reader.commands(session.id, None, MOST_COMMANDS) else { continue };
+            ended = page.commands.iter().try_for_each(|one| lines.add(draft, one));
+            if ended.is_err() {
+                break;
+            }
+        }
+        lines.end(draft)?;
+        ended
+    }
+
+    fn write_members(
+        &self,
+        draft: &mut Draft,
+        reader: &Reader,
+        directory: &str,
+    ) -> Result<Vec<(RootfsPath, FindingId)>, Cut> {
+        let mut lines = draft.lines(&format!("{directory}/members.jsonl"))?;
+        let (mut seen, mut files) = (HashSet::new(), Vec::new());
+        let (mut ended, mut left) = (Ok(()), MOST_MEMBERS);
+        for finding in &self.findings {
+            // What lies in the root of another container is that one's.
+            let own = finding.file.as_ref().filter(|file| file.filesystem != "container");
+            if let Some(file) = own
+                && finding.files.is_none()
+                && seen.insert(file.path.clone())
+            {
+                files.push((file.path.clone(), finding.id));
+            }
+            if finding.files.is_none() || left == 0 {
+                continue;
+            }
+            let _ = reader.each_member(finding.id, |member| {
+                if left == 0 || ended.is_err() {
+                    return;
+                }
+                left -= 1;
+                ended = lines.add(draft, &MemberLine { finding: finding.id, member: &member });
+                if seen.insert(member.path.clone()) {
+                    files.push((member.path, finding.id));
+                }
+            });
+        }
+        lines.end(draft)?;
+        ended.map(|()| files)
+    }
+}
+
+fn wait_for(reader: &Reader, finding: FindingId) {
+    let deadline = Instant::now() + STORED_WITHIN;
+    while Instant::now() < deadline {
+        if matches!(reader.stored_finding(&finding.to_string()), Ok(Lookup::Found(_))) {
+            return;
+        }
+        std::thread::sleep(STEP);
+    }
+}

@@ -1,0 +1,211 @@
+//! Evidence as a response: what a request for it says, and how it is asked for.
+//!
+//! The room `evidence` takes it (the trait `Collector`). Here it has its turn among the other
+//! responses to its container: an answer that comes after it waits for it, up to a deadline, and
+//! no longer. If the settings say so, the container is frozen meanwhile.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+
+use super::{
+    Action, Collector, Frozen, KeptCase, Order, Patience, Response, ResponseRequest, Runtime,
+    Taken, Task, Until, send,
+};
+use crate::containerd::Error;
+use crate::model::ContainerId;
+
+/// How long evidence may take that a user asks for, as long as nothing waits for it.
+const BY_HAND: Duration = Duration::from_secs(600);
+/// How long the container runtime may take to return a specification.
+const SPECIFICATION: Duration = Duration::from_secs(2);
+/// How often a deadline that may have changed is looked at.
+const STEP: Duration = Duration::from_millis(50);
+/// How often a container that was left frozen is tried to be thawed, and how long.
+const THAW_STEP: Duration = Duration::from_secs(3);
+const THAW_TIMES: u32 = 100;
+const THAW: Duration = Duration::from_secs(10);
+
+/// Takes evidence in its turn.
+pub(super) async fn take(
+    runtime: &impl Runtime,
+    collector: &impl Collector,
+    request: ResponseRequest,
+) -> Response {
+    let Some(order) = request.order() else {
+        return request
+            .failed("not carried out: containerd has not described the container yet".to_owned());
+    };
+    let Patience { deadline, pause } = collector.patience();
+    let within = if order.by_rule { deadline } else { BY_HAND };
+    order.until.shorten(Instant::now() + within);
+    let specification = specification(runtime, &request.container).await;
+    let frozen = if pause { freeze(runtime, collector, &request, &order).await } else { None };
+    let is_frozen = frozen.is_some();
+    let until = order.until.clone();
+    let task = Task { request: request.clone(), order, specification, is_frozen };
+    let receiver = collector.take(task);
+    let taken = wait(receiver, &until).await;
+    if let Some(frozen) = frozen {
+        thaw(runtime, collector, &frozen, &until).await;
+    }
+    match taken {
+        Some(Ok(Taken { case, digest, message })) => {
+            let mut response = request.ended(true, false, message);
+            response.changed = false;
+            response.case = Some(KeptCase { id: case, digest });
+            response
+        }
+        Some(Err(message)) => request.failed(message),
+        None => {
+            collector.is_late();
+            request.failed(
+                "it was not complete at its deadline (evidence.deadline), and nothing waits for \
+                 it any longer; what was taken is kept (driftd evidence ls)"
+                    .to_owned(),
+            )
+        }
+    }
+}
+
+/// Waits for a result until the deadline, which may come earlier meanwhile.
+async fn wait(
+    mut receiver: oneshot::Receiver<Result<Taken, String>>,
+    until: &Until,
+) -> Option<Result<Taken, String>> {
+    loop {
+        let left =
+            until.get().map_or(STEP, |until| until.saturating_duration_since(Instant::now()));
+        if left.is_zero() {
+            return receiver.try_recv().ok();
+        }
+        match tokio::time::timeout(left.min(STEP), &mut receiver).await {
+            Ok(Ok(result)) => return Some(result),
+            Ok(Err(_)) => return Some(Err("driftd failed while it was taken".to_owned())),
+            Err(_) => (),
+        }
+    }
+}
+
+async fn specification(runtime: &impl Runtime, container: &ContainerId) -> Result<Vec<u8>, String> {
+    let answer = tokio::time::timeout(SPECIFICATION, runtime.specification(container)).await;
+    match answer {
+        Ok(Ok(text)) => Ok(text),
+        Ok(Err(err)) => Err(err.to_string()),
+        Err(_) => Err(format!("no answer within {} s", SPECIFICATION.as_secs())),
+    }
+}
+
+/// Freezes the run, if it was not frozen before.
+async fn freeze(
+    runtime: &impl Runtime,
+    collector: &impl Collector,
+    request: &ResponseRequest,
+    order: &Order,
+) -> Option<Frozen> {
+    let frozen = Frozen { container: request.container.clone(), run: request.incarnation? };
+    if let Err(err) = collector.freezes(&frozen) {
+        // Without that, a frozen container could stay frozen for good.
+        tracing::warn!(container = %frozen.container, "not frozen for its evidence: {err}");
+        return None;
+    }
+    // A part of the time is left for the evidence itself.
+    let left = order.until.get().map(|until| until.saturating_duration_since(Instant::now()) / 2);
+    let pause = runtime.pause(&frozen.container, Some(frozen.run));
+    match tokio::time::timeout(left.unwrap_or(STEP), pause).await {
+        Ok(Ok(paused)) if paused.changed => Some(frozen),
+        // It may have been frozen all the same, later than that.
+        Err(_) => Some(frozen),
+        Ok(was) => {
+            if let Err(err) = was {
+                tracing::warn!(container = %frozen.container, "not frozen for its evidence: {err}");
+            }
+            collector.has_thawed(&frozen);
+            None
+        }
+    }
+}
+
+/// Thaws a run, unless a kill or a pause waits for its turn.
+async fn thaw(runtime: &impl Runtime, collector: &impl Collector, frozen: &Frozen, until: &Until) {
+    if until.0.is_followed_by_stronger.load(Ordering::Acquire) {
+        collector.has_thawed(frozen);
+        return;
+    }
+    match resume(runtime, frozen).await {
+        Ok(_) => collector.has_thawed(frozen),
+        Err(err) => tracing::error!(
+            container = %frozen.container,
+            "it was frozen for its evidence and could not be thawed: {err} (try: driftd respond resume)"
+        ),
+    }
+}
+
+/// What happened, as a text. A run that has ended needs nothing.
+async fn resume(runtime: &impl Runtime, frozen: &Frozen) -> Result<String, String> {
+    let resume = runtime.resume(&frozen.container, Some(frozen.run));
+    match tokio::time::timeout(THAW, resume).await {
+        Ok(Ok(message)) => Ok(message),
+        Ok(Err(err @ Error::Gone(_))) => Ok(err.to_string()),
+        Ok(Err(err)) => Err(err.to_string()),
+        Err(_) => Err("the runtime did not answer".to_owned()),
+    }
+}
+
+/// Thaws the runs that were frozen for their evidence when driftd ended.
+pub(super) async fn thaw_left(
+    runtime: impl Runtime,
+    collector: impl Collector,
+    responses: Sender<Response>,
+) {
+    let mut left = collector.left_frozen();
+    for _ in 0..THAW_TIMES {
+        let mut again = Vec::new();
+        for frozen in left {
+            // containerd may not be connected yet.
+            match resume(&runtime, &frozen).await {
+                Err(_) => again.push(frozen),
+                Ok(message) => {
+                    collector.has_thawed(&frozen);
+                    if !send(&responses, thawed(&frozen, message)).await {
+                        return;
+                    }
+                }
+            }
+        }
+        if again.is_empty() {
+            return;
+        }
+        left = again;
+        tokio::time::sleep(THAW_STEP).await;
+    }
+    for frozen in left {
+        tracing::error!(
+            container = %frozen.container,
+            "it was frozen for its evidence when driftd ended, and could not be thawed (try: \
+             driftd respond resume)"
+        );
+    }
+}
+
+fn thawed(frozen: &Frozen, message: String) -> Response {
+    let request = ResponseRequest {
+        ticket: 0,
+        container: frozen.container.clone(),
+        pod: None,
+        image: None,
+        incarnation: Some(frozen.run),
+        process: None,
+        action: Action::Resume,
+        reason: "it was frozen for its evidence when driftd ended".to_owned(),
+        requested_by: "driftd".to_owned(),
+        requested_at: Timestamp::now(),
+        finding: None,
+        no_restart: false,
+        evidence: None,
+    };
+    request.ended(true, false, message)
+}
