@@ -29,6 +29,12 @@ pub(super) struct Peer {
     pid: Option<i32>,
 }
 
+impl Peer {
+    pub(super) fn is_root(&self) -> bool {
+        self.uid == 0
+    }
+}
+
 /// The text for a response's `requested_by`. The executable is a hint only: the process may
 /// have executed another one since.
 impl fmt::Display for Peer {
@@ -168,6 +174,12 @@ mod tests {
     fn a_request_without_credentials_is_refused() {
         let status = check(Request::new(())).unwrap_err();
         assert_eq!(status.code(), tonic::Code::PermissionDenied);
+    }
+
+    #[test]
+    fn only_uid_0_is_root() {
+        let is_root = |uid| Peer { uid, pid: None }.is_root();
+        assert!(is_root(0) && !is_root(1000));
     }
 
     #[test]

@@ -190,8 +190,10 @@ impl Story {
         let (mut seen, mut files) = (HashSet::new(), Vec::new());
         let (mut ended, mut left) = (Ok(()), MOST_MEMBERS);
         for finding in &self.findings {
-            // What lies in the root of another container is that one's.
-            let own = finding.file.as_ref().filter(|file| file.filesystem != "container");
+            // What lies in the root of another container is that one's. What has no name is kept
+            // with its process.
+            let is_own = |name: &str| !matches!(name, "container" | "anonymous");
+            let own = finding.file.as_ref().filter(|file| is_own(&file.filesystem));
             if let Some(file) = own
                 && finding.files.is_none()
                 && seen.insert(file.path.clone())

@@ -455,12 +455,7 @@ fn a_full_store_refuses_and_keeps_what_it_has() {
     bench.settings.max_case_bytes = 2 * MIB;
     bench.settings.max_bytes = 4 * MIB;
     let store = bench.store();
-    let mut noise = vec![0; 1 << 20];
-    let mut state = 1_u32;
-    noise.iter_mut().for_each(|byte| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        *byte = state.to_be_bytes()[0];
-    });
+    let noise = vec![7; 100 << 10];
     let mut kept = 0;
     let why = loop {
         let begun = store.begin(&task(&bench.path("upper"), kept), &limits(0));
@@ -468,8 +463,10 @@ fn a_full_store_refuses_and_keeps_what_it_has() {
             Ok(begun) => begun,
             Err(why) => break why,
         };
-        // The last one may have room for a part only.
-        let _ = begun.draft.put("takes/0001/noise", &noise);
+        let full = (0..).find_map(|number| {
+            begun.draft.put(&format!("takes/0001/noise-{number}"), &noise).err()
+        });
+        assert!(full.unwrap().0.contains("evidence.max_case_bytes"));
         store.end(begun, Counts::default(), Vec::new()).unwrap();
         kept += 1;
         assert!(kept < 10);

@@ -58,10 +58,15 @@ impl Cases {
         self.begun.retain(|one| is_within(one.last, REMEMBERED));
         self.refused.retain(|_, at| is_within(*at, AGAIN));
         if let Some(known) = self.begun.iter_mut().find(|one| one.case == case) {
-            if is_within(known.last, AGAIN) || known.times >= MOST_TIMES {
+            if is_within(known.last, AGAIN) {
                 return Permit::Known;
             }
-            (known.last, known.times) = (now, known.times + 1);
+            // It is remembered for as long as it is seen.
+            known.last = now;
+            if known.times >= MOST_TIMES {
+                return Permit::Known;
+            }
+            known.times += 1;
             return Permit::Take;
         }
         let recent = || self.begun.iter().filter(|one| is_within(one.at, WITHIN));

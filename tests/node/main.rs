@@ -19,6 +19,7 @@ mod docker;
 mod door;
 mod drift;
 mod edges;
+mod evidence;
 mod executable;
 mod fair;
 mod fileless;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let tests = [
         drift::tests(),
+        evidence::tests(),
         fair::tests(),
         fileless::tests(),
         ordinary::tests(),

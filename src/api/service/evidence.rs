@@ -1,7 +1,8 @@
 //! Evidence: it is taken by the pipeline's request like any response; cases are listed, verified,
 //! sent and removed by the store.
 //!
-//! Cases hold secrets. The socket admits root and the group `driftd`, for this as for responses.
+//! Cases hold secrets. The group `driftd` may take, list and verify them; only root may have their
+//! content, keep values of variables, or remove a case.
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;

@@ -216,6 +216,9 @@ impl DriftService for Service {
         request: Request<proto::TakeEvidenceRequest>,
     ) -> Reply<proto::TakeEvidenceResponse> {
         let client = client_of(&request)?;
+        if request.get_ref().environment {
+            check_root(&request, "may keep the values of environment variables")?;
+        }
         self.take_evidence(request.into_inner(), client).await.map(Response::new)
     }
 
@@ -246,6 +249,7 @@ impl DriftService for Service {
         &self,
         request: Request<proto::ExportEvidenceRequest>,
     ) -> Reply<Self::ExportEvidenceStream> {
+        check_root(&request, "may export a case: it holds secrets")?;
         self.export_evidence(&request.into_inner()).map(Response::new)
     }
 
@@ -253,9 +257,18 @@ impl DriftService for Service {
         &self,
         request: Request<proto::RemoveEvidenceRequest>,
     ) -> Reply<proto::RemoveEvidenceResponse> {
+        check_root(&request, "may remove a case")?;
         let client = client_of(&request)?;
         self.remove_evidence(request.into_inner(), &client).await.map(Response::new)
     }
+}
+
+/// What the group may not do, because it would learn or destroy more than findings.
+fn check_root<T>(request: &Request<T>, what: &str) -> Result<(), Status> {
+    if request.extensions().get::<Peer>().is_some_and(Peer::is_root) {
+        return Ok(());
+    }
+    Err(Status::permission_denied(format!("only root {what} (try: sudo)")))
 }
 
 fn client_of<T>(request: &Request<T>) -> Result<String, Status> {
