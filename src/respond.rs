@@ -241,8 +241,19 @@ pub struct Frozen {
     pub run: Incarnation,
 }
 
+/// Notes on disk of the runs that are frozen for their evidence, so that the next start thaws them
+/// if this one ends meanwhile. Each of these may wait for the disk.
+pub trait Notes {
+    fn freezes(&self, frozen: &Frozen) -> io::Result<()>;
+
+    fn has_thawed(&self, frozen: &Frozen);
+
+    /// The runs that were frozen when driftd ended.
+    fn left_frozen(&self) -> Vec<Frozen>;
+}
+
 /// What takes evidence.
-pub trait Collector: Clone + Send + Sync + 'static {
+pub trait Collector: Notes + Clone + Send + Sync + 'static {
     fn patience(&self) -> Patience;
 
     /// Takes evidence on a thread of its own. Never waits. It ends by itself at the end of
@@ -251,15 +262,6 @@ pub trait Collector: Clone + Send + Sync + 'static {
 
     /// The receiver of a result has waited as long as it may.
     fn is_late(&self);
-
-    /// Remembers on disk that a run is frozen for its evidence, so that the next start thaws it
-    /// if this one ends meanwhile.
-    fn freezes(&self, frozen: &Frozen) -> io::Result<()>;
-
-    fn has_thawed(&self, frozen: &Frozen);
-
-    /// The runs that were frozen when driftd ended.
-    fn left_frozen(&self) -> Vec<Frozen>;
 }
 
 /// Takes no evidence: where there is no store.
@@ -278,7 +280,9 @@ impl Collector for NoEvidence {
     }
 
     fn is_late(&self) {}
+}
 
+impl Notes for NoEvidence {
     fn freezes(&self, _: &Frozen) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }

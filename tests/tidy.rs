@@ -374,6 +374,24 @@ fn x01_the_watch_room_accesses_filesystems_only_through_the_door() {
     }
 }
 
+/// The files of `evidence` that reach what a container has; the others have driftd's own files.
+const TAKES: &[&str] = &["copy.rs", "files.rs", "layer.rs", "processes.rs"];
+
+#[test]
+fn evidence_is_taken_only_through_the_door() {
+    let mut found = 0;
+    for Source { room, file, code } in sources() {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        if room != "evidence" || !TAKES.contains(&name) {
+            continue;
+        }
+        found += 1;
+        let asks: Vec<&&str> = ASKS.iter().filter(|ask| code.contains(**ask)).collect();
+        assert!(asks.is_empty(), "src/{}: {asks:?}, not through sys::door", file.display());
+    }
+    assert_eq!(found, TAKES.len());
+}
+
 #[test]
 fn rooms_in_use_groups_are_found() {
     let code = "use crate::{api, guardian::{self, Heart}, respond};\ncrate::model::Kind";

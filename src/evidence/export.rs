@@ -11,7 +11,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::manifest::{MANIFEST, Manifest, SUMS};
-use super::reading::{digest_of, read_manifest};
+use super::reading::{MAX_MANIFEST, digest_of, read_manifest};
 use super::sums;
 use crate::model::Sha256Hash;
 use crate::sys::file::read_regular;
@@ -29,6 +29,8 @@ pub type Piece<'a> = dyn FnMut(Vec<u8>) -> bool + 'a;
 /// Writes the archive of the case in a directory.
 pub fn export(directory: &Path, piece: &mut Piece<'_>) -> io::Result<()> {
     let manifest = read_manifest(directory).map_err(io::Error::other)?;
+    // Both are of one moment: something may be added to the case meanwhile. The other files stay.
+    let described = read_regular(&directory.join(MANIFEST), MAX_MANIFEST)?;
     let text = read_regular(&directory.join(SUMS), MAX_SUMS)?;
     let files = str::from_utf8(&text).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
     let files = sums::parse(files).map_err(|why| io::Error::other(format!("{SUMS}: {why}")))?;
@@ -43,7 +45,11 @@ pub fn export(directory: &Path, piece: &mut Piece<'_>) -> io::Result<()> {
     let case = manifest.case;
     let header = header(statement.len() as u64, at);
     append(&mut archive, header, &format!("{case}.intoto.json"), &statement[..])?;
-    for name in files.keys().map(String::as_str).chain([SUMS]) {
+    for (name, content) in [(MANIFEST, &described), (SUMS, &text)] {
+        let header = self::header(content.len() as u64, at);
+        append(&mut archive, header, &format!("{case}/{name}"), &content[..])?;
+    }
+    for name in files.keys().filter(|name| *name != MANIFEST) {
         let file = File::open(directory.join(name))?;
         let length = file.metadata()?.len();
         // What grows meanwhile is cut; what becomes shorter is an error.

@@ -20,7 +20,7 @@ use super::store::{Begun, Store};
 use super::take::{Outcome, earlier, take};
 use crate::health::{Failure, Health};
 use crate::history::Reader;
-use crate::respond::{Collector, Frozen, Patience, Taken, Task};
+use crate::respond::{Collector, Frozen, Notes, Patience, Taken, Task};
 use crate::sys::priority::{self, Disk};
 use crate::threads::{self, Role};
 
@@ -162,7 +162,9 @@ impl Collector for Keeper {
             "an answer did not wait for evidence that was not complete at its deadline",
         );
     }
+}
 
+impl Notes for Keeper {
     fn freezes(&self, frozen: &Frozen) -> io::Result<()> {
         self.shared.store.freezes(frozen)
     }

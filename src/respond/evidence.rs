@@ -12,8 +12,8 @@ use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::{
-    Action, Collector, Frozen, KeptCase, Order, Patience, Response, ResponseRequest, Runtime,
-    Taken, Task, Until, send,
+    Action, Collector, Frozen, KeptCase, Notes, Order, Patience, Response, ResponseRequest,
+    Runtime, Taken, Task, Until, send,
 };
 use crate::containerd::Error;
 use crate::model::ContainerId;
@@ -28,12 +28,15 @@ const STEP: Duration = Duration::from_millis(50);
 const THAW_STEP: Duration = Duration::from_secs(3);
 const THAW_TIMES: u32 = 100;
 const THAW: Duration = Duration::from_secs(10);
+/// How long a note may take to reach the disk.
+const DISK: Duration = Duration::from_secs(2);
 
 /// Takes evidence in its turn.
 pub(super) async fn take(
     runtime: &impl Runtime,
     collector: &impl Collector,
     request: ResponseRequest,
+    responses: &Sender<Response>,
 ) -> Response {
     let Some(order) = request.order() else {
         return request
@@ -47,33 +50,53 @@ pub(super) async fn take(
     let is_frozen = frozen.is_some();
     let until = order.until.clone();
     let task = Task { request: request.clone(), order, specification, is_frozen };
-    let receiver = collector.take(task);
-    let taken = wait(receiver, &until).await;
+    let mut receiver = collector.take(task);
+    let taken = wait(&mut receiver, &until).await;
     if let Some(frozen) = frozen {
         thaw(runtime, collector, &frozen, &until).await;
     }
+    if let Some(taken) = taken {
+        return response_to(&request, taken);
+    }
+    collector.is_late();
+    let late = request.failed(
+        "it was not complete at its deadline (evidence.deadline), and nothing waits for it any \
+         longer; what was taken is kept (driftd evidence ls)"
+            .to_owned(),
+    );
+    // The history needs the digest of what was kept all the same.
+    tokio::spawn(record_late(request, receiver, responses.clone()));
+    late
+}
+
+fn response_to(request: &ResponseRequest, taken: Result<Taken, String>) -> Response {
     match taken {
-        Some(Ok(Taken { case, digest, message })) => {
+        Ok(Taken { case, digest, message }) => {
             let mut response = request.ended(true, false, message);
             response.changed = false;
             response.case = Some(KeptCase { id: case, digest });
             response
         }
-        Some(Err(message)) => request.failed(message),
-        None => {
-            collector.is_late();
-            request.failed(
-                "it was not complete at its deadline (evidence.deadline), and nothing waits for \
-                 it any longer; what was taken is kept (driftd evidence ls)"
-                    .to_owned(),
-            )
-        }
+        Err(message) => request.failed(message),
     }
+}
+
+/// Records what comes of evidence after its deadline.
+async fn record_late(
+    request: ResponseRequest,
+    receiver: oneshot::Receiver<Result<Taken, String>>,
+    responses: Sender<Response>,
+) {
+    let Ok(taken) = receiver.await else { return };
+    let mut response = response_to(&request, taken);
+    response.ticket = 0;
+    response.outcome.message += " (after its deadline)";
+    send(&responses, response).await;
 }
 
 /// Waits for a result until the deadline, which may come earlier meanwhile.
 async fn wait(
-    mut receiver: oneshot::Receiver<Result<Taken, String>>,
+    receiver: &mut oneshot::Receiver<Result<Taken, String>>,
     until: &Until,
 ) -> Option<Result<Taken, String>> {
     loop {
@@ -82,12 +105,22 @@ async fn wait(
         if left.is_zero() {
             return receiver.try_recv().ok();
         }
-        match tokio::time::timeout(left.min(STEP), &mut receiver).await {
+        match tokio::time::timeout(left.min(STEP), &mut *receiver).await {
             Ok(Ok(result)) => return Some(result),
             Ok(Err(_)) => return Some(Err("driftd failed while it was taken".to_owned())),
             Err(_) => (),
         }
     }
+}
+
+/// Lets a collector use its disk, on a thread that may wait. `None` if that takes too long.
+async fn on_disk<T: Send + 'static>(
+    collector: &impl Collector,
+    work: impl FnOnce(&dyn Notes) -> T + Send + 'static,
+) -> Option<T> {
+    let collector = collector.clone();
+    let done = tokio::task::spawn_blocking(move || work(&collector));
+    tokio::time::timeout(DISK, done).await.ok()?.ok()
 }
 
 async fn specification(runtime: &impl Runtime, container: &ContainerId) -> Result<Vec<u8>, String> {
@@ -107,9 +140,11 @@ async fn freeze(
     order: &Order,
 ) -> Option<Frozen> {
     let frozen = Frozen { container: request.container.clone(), run: request.incarnation? };
-    if let Err(err) = collector.freezes(&frozen) {
+    let noted = frozen.clone();
+    let noted = on_disk(collector, move |notes| notes.freezes(&noted)).await;
+    if !matches!(noted, Some(Ok(()))) {
         // Without that, a frozen container could stay frozen for good.
-        tracing::warn!(container = %frozen.container, "not frozen for its evidence: {err}");
+        tracing::warn!(container = %frozen.container, "not frozen for its evidence: {noted:?}");
         return None;
     }
     // A part of the time is left for the evidence itself.
@@ -123,20 +158,25 @@ async fn freeze(
             if let Err(err) = was {
                 tracing::warn!(container = %frozen.container, "not frozen for its evidence: {err}");
             }
-            collector.has_thawed(&frozen);
+            has_thawed(collector, &frozen).await;
             None
         }
     }
 }
 
+async fn has_thawed(collector: &impl Collector, frozen: &Frozen) {
+    let frozen = frozen.clone();
+    let _ = on_disk(collector, move |notes| notes.has_thawed(&frozen)).await;
+}
+
 /// Thaws a run, unless a kill or a pause waits for its turn.
 async fn thaw(runtime: &impl Runtime, collector: &impl Collector, frozen: &Frozen, until: &Until) {
     if until.0.is_followed_by_stronger.load(Ordering::Acquire) {
-        collector.has_thawed(frozen);
+        has_thawed(collector, frozen).await;
         return;
     }
     match resume(runtime, frozen).await {
-        Ok(_) => collector.has_thawed(frozen),
+        Ok(_) => has_thawed(collector, frozen).await,
         Err(err) => tracing::error!(
             container = %frozen.container,
             "it was frozen for its evidence and could not be thawed: {err} (try: driftd respond resume)"
@@ -161,7 +201,7 @@ pub(super) async fn thaw_left(
     collector: impl Collector,
     responses: Sender<Response>,
 ) {
-    let mut left = collector.left_frozen();
+    let mut left = on_disk(&collector, |notes| notes.left_frozen()).await.unwrap_or_default();
     for _ in 0..THAW_TIMES {
         let mut again = Vec::new();
         for frozen in left {
@@ -169,7 +209,7 @@ pub(super) async fn thaw_left(
             match resume(&runtime, &frozen).await {
                 Err(_) => again.push(frozen),
                 Ok(message) => {
-                    collector.has_thawed(&frozen);
+                    has_thawed(&collector, &frozen).await;
                     if !send(&responses, thawed(&frozen, message)).await {
                         return;
                     }

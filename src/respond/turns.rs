@@ -36,11 +36,12 @@ pub async fn run(
 ) {
     tokio::spawn(evidence::thaw_left(runtime.clone(), collector.clone(), responses.clone()));
     let deadline = collector.patience().deadline;
+    let late = responses.clone();
     let carry_out = move |request: ResponseRequest| {
-        let (runtime, collector) = (runtime.clone(), collector.clone());
+        let (runtime, collector, late) = (runtime.clone(), collector.clone(), late.clone());
         async move {
             match request.action {
-                Action::Evidence => evidence::take(&runtime, &collector, request).await,
+                Action::Evidence => evidence::take(&runtime, &collector, request, &late).await,
                 _ => carry_out(runtime, request).await,
             }
         }
@@ -317,5 +318,241 @@ mod tests {
             .map(|(ticket, ..)| *ticket)
             .collect();
         assert_eq!(refused, [count - 2, count - 1]);
+    }
+
+    /// What was begun and ended, in order.
+    type Log = Arc<std::sync::Mutex<Vec<String>>>;
+
+    fn of(ticket: u64, action: Action) -> ResponseRequest {
+        ResponseRequest { ticket, ..request("c", action) }
+    }
+
+    fn order() -> Order {
+        let id = ContainerId::new("default", "c");
+        let container = crate::model::Container {
+            id: id.clone(),
+            endpoint: "".into(),
+            runtime: String::new(),
+            created_at: None,
+            labels: Default::default(),
+            pod: None,
+            image: Default::default(),
+            snapshotter: String::new(),
+            snapshot_key: String::new(),
+            layers: Vec::new(),
+            rootfs: None,
+            task: None,
+            no_baseline: None,
+            id_map: None,
+            entry_point: Default::default(),
+            probes: Vec::new(),
+        };
+        Order {
+            case: crate::model::CaseId([1; 16]),
+            container: Box::new(container),
+            workload: "container default/c".into(),
+            kind: None,
+            process: None,
+            path: None,
+            by_rule: true,
+            environment: false,
+            until: Default::default(),
+        }
+    }
+
+    fn evidence(ticket: u64) -> ResponseRequest {
+        let evidence = Some(Box::new(order()));
+        ResponseRequest { evidence, ..of(ticket, Action::Evidence) }
+    }
+
+    #[tokio::test]
+    async fn what_destroys_waits_for_evidence_and_processes_are_killed_side_by_side_after_it() {
+        let log = Log::default();
+        let written = log.clone();
+        let requests = vec![
+            evidence(1),
+            of(2, Action::KillProcess),
+            of(3, Action::KillProcess),
+            of(4, Action::Kill),
+            ResponseRequest { container: ContainerId::new("default", "d"), ..of(5, Action::Kill) },
+        ];
+        let reported = responses_of(requests, move |request| {
+            let log = written.clone();
+            async move {
+                let write =
+                    |what: &str| log.lock().unwrap().push(format!("{what} {}", request.ticket));
+                write("begins");
+                let (other, long) = (request.ticket == 5, Duration::from_millis(100));
+                tokio::time::sleep(if other { Duration::ZERO } else { long }).await;
+                write("ends");
+                request.ended(true, false, "done".into())
+            }
+        })
+        .await;
+        assert_eq!(reported.len(), 5);
+        let log = log.lock().unwrap();
+        let at = |what: &str| log.iter().position(|line| line == what).unwrap();
+        assert!(at("begins 2") > at("ends 1") && at("begins 3") > at("ends 1"), "{log:?}");
+        assert!(at("begins 3") < at("ends 2") && at("begins 4") < at("ends 2"), "{log:?}");
+        assert!(at("ends 5") < at("ends 1"), "another container does not wait: {log:?}");
+    }
+
+    #[tokio::test]
+    async fn evidence_by_hand_has_less_time_as_soon_as_something_waits_for_it() {
+        let by_hand = evidence(1);
+        let until = by_hand.evidence.as_ref().unwrap().until.clone();
+        let long = std::time::Instant::now() + Duration::from_secs(600);
+        until.shorten(long);
+        assert_eq!(until.get(), Some(long));
+        let asked = until.clone();
+        responses_of(vec![by_hand, of(2, Action::Kill)], move |request| {
+            let until = asked.clone();
+            async move {
+                while request.ticket == 1 && until.get() == Some(long) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                request.ended(true, false, "done".into())
+            }
+        })
+        .await;
+        assert!(until.get().unwrap() <= std::time::Instant::now() + Duration::from_secs(1));
+    }
+
+    /// A runtime that does all it is asked to, and a collector that takes 300 ms.
+    #[derive(Clone)]
+    struct Slow(Log);
+
+    impl Slow {
+        fn done(&self, what: &str) -> Result<crate::containerd::Killed, crate::containerd::Error> {
+            self.0.lock().unwrap().push(what.to_owned());
+            let message = what.to_owned();
+            Ok(crate::containerd::Killed { message, restarter: None, changed: true })
+        }
+    }
+
+    impl Runtime for Slow {
+        async fn kill(
+            &self,
+            _: &ContainerId,
+            _: Option<crate::model::Incarnation>,
+            _: bool,
+        ) -> Result<crate::containerd::Killed, crate::containerd::Error> {
+            self.done("kill")
+        }
+
+        async fn kill_process(
+            &self,
+            _: &ContainerId,
+            _: Option<crate::model::Incarnation>,
+            _: crate::model::ProcessIdentity,
+        ) -> Result<String, crate::containerd::Error> {
+            self.done("kill-process").map(|done| done.message)
+        }
+
+        async fn pause(
+            &self,
+            _: &ContainerId,
+            _: Option<crate::model::Incarnation>,
+        ) -> Result<crate::containerd::Killed, crate::containerd::Error> {
+            self.done("pause")
+        }
+
+        async fn resume(
+            &self,
+            _: &ContainerId,
+            _: Option<crate::model::Incarnation>,
+        ) -> Result<String, crate::containerd::Error> {
+            self.done("resume").map(|done| done.message)
+        }
+
+        async fn specification(
+            &self,
+            _: &ContainerId,
+        ) -> Result<Vec<u8>, crate::containerd::Error> {
+            Ok(b"{}".to_vec())
+        }
+    }
+
+    impl crate::respond::Notes for Slow {
+        fn freezes(&self, _: &crate::respond::Frozen) -> std::io::Result<()> {
+            self.0.lock().unwrap().push("noted".into());
+            Ok(())
+        }
+
+        fn has_thawed(&self, _: &crate::respond::Frozen) {
+            self.0.lock().unwrap().push("forgotten".into());
+        }
+
+        fn left_frozen(&self) -> Vec<crate::respond::Frozen> {
+            Vec::new()
+        }
+    }
+
+    impl Collector for Slow {
+        fn patience(&self) -> crate::respond::Patience {
+            crate::respond::Patience { deadline: Duration::from_millis(100), pause: true }
+        }
+
+        fn take(
+            &self,
+            task: crate::respond::Task,
+        ) -> tokio::sync::oneshot::Receiver<Result<crate::respond::Taken, String>> {
+            let (reply, receiver) = tokio::sync::oneshot::channel();
+            self.0.lock().unwrap().push(format!("take, frozen: {}", task.is_frozen));
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(300));
+                let digest = crate::model::Sha256Hash([7; 32]);
+                let message = "kept".to_owned();
+                reply.send(Ok(crate::respond::Taken { case: task.order.case, digest, message }))
+            });
+            receiver
+        }
+
+        fn is_late(&self) {
+            self.0.lock().unwrap().push("late".into());
+        }
+    }
+
+    async fn with_slow(requests: Vec<ResponseRequest>) -> (Vec<Response>, Vec<String>) {
+        let slow = Slow(Log::default());
+        let (request_to, waiting) = mpsc::channel(8);
+        let (response_to, responses) = crossbeam_channel::unbounded();
+        for request in requests {
+            request_to.send(request).await.unwrap();
+        }
+        drop(request_to);
+        run(slow.clone(), slow.clone(), waiting, response_to).await;
+        // The late record comes when the thread has ended.
+        let all = tokio::task::spawn_blocking(move || responses.iter().collect()).await.unwrap();
+        (all, slow.0.lock().unwrap().clone())
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_no_longer_than_the_deadline_and_what_was_kept_is_recorded_later() {
+        let run = Some(crate::model::Incarnation { pid: 7, start_time: Some(1), created_at: None });
+        let asked = ResponseRequest { incarnation: run, ..evidence(1) };
+        let begun = std::time::Instant::now();
+        let kill = ResponseRequest { incarnation: run, ..of(2, Action::Kill) };
+        let (responses, log) = with_slow(vec![asked, kill]).await;
+        let short = |one: &Response| {
+            let outcome = &one.outcome;
+            (one.ticket, outcome.action.clone(), outcome.succeeded, one.case.is_some())
+        };
+        let all: Vec<_> = responses.iter().map(short).collect();
+        let expected = [
+            (1, "evidence".to_owned(), false, false),
+            (2, "kill".to_owned(), true, false),
+            (0, "evidence".to_owned(), true, true),
+        ];
+        assert_eq!(all, expected);
+        assert!(responses[2].outcome.message.ends_with("(after its deadline)"));
+        let kill_after = responses[1].outcome.at.duration_since(responses[0].outcome.at);
+        assert!(kill_after.as_millis() < 200 && begun.elapsed() >= Duration::from_millis(300));
+        // It is not thawed, because a kill follows.
+        assert_eq!(log, ["noted", "pause", "take, frozen: true", "forgotten", "late", "kill"]);
+        let alone = ResponseRequest { incarnation: run, ..evidence(1) };
+        let (_, log) = with_slow(vec![alone]).await;
+        let expected = ["noted", "pause", "take, frozen: true", "resume", "forgotten", "late"];
+        assert_eq!(log, expected);
     }
 }

@@ -158,7 +158,7 @@ fn by_rule(node: &Node) -> anyhow::Result<()> {
     ensure!(manifest["finding"] == finding, "{manifest:#}");
     let all = processes(&case)?;
     let x = all.iter().find(|one| one["exe"] == "/tmp/x").with_context(|| format!("{all:#?}"))?;
-    let expected = blake3_free(&content);
+    let expected = sha256(&content);
     ensure!(x["program"]["object"] == expected.as_str(), "{x:#}");
     let variables = x["environment"].as_array().context("no environment")?;
     let token = variables.iter().find(|one| one["name"] == "TOKEN");
@@ -177,7 +177,7 @@ fn by_rule(node: &Node) -> anyhow::Result<()> {
 }
 
 /// The SHA-256 of a content, by which objects are named.
-fn blake3_free(content: &[u8]) -> String {
+fn sha256(content: &[u8]) -> String {
     driftd::model::finding::hex(&Sha256::digest(content))
 }
 
@@ -202,15 +202,18 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
     let content = fs::read(container.laid("x"))?;
     container.lay_payload("memory")?;
     container.lay_payload("gone")?;
-    container.begin("/usr/bin/loader memfd 1 /.control/memory 600000").map(drop)?;
-    container
-        .begin("cp /.control/gone /tmp/gone; /tmp/gone 600000 & sleep 1; rm /tmp/gone; wait")
-        .map(drop)?;
+    container.sh("/usr/bin/loader memfd 1 /.control/memory 600000 >/dev/null 2>&1 &")?;
+    container.sh("cp /.control/gone /tmp/gone; /tmp/gone 600000 >/dev/null 2>&1 &")?;
+    wait_for("the program to run", || {
+        let all = container.findings()?;
+        Ok(all.iter().any(|one| one["file"]["path"] == "/tmp/gone").then_some(()))
+    })?;
+    container.sh("rm /tmp/gone")?;
     container.sh("cp /.control/x /tmp/giant; truncate -s 10G /tmp/giant; mkfifo /tmp/fifo\n\
          cp /.control/x /tmp/was-link; cp /.control/x /tmp/was-fifo\n\
          cp /.control/x \"/tmp/$(printf 'a\\nb\\033[2J\\377')\"")?;
     let fuse = Fuse::mount(&container, "/mnt/fuse", Answers::Own, &[("f", "/.control/x")])?;
-    container.begin("/mnt/fuse/f 600000").map(drop)?;
+    container.sh("/mnt/fuse/f 600000 >/dev/null 2>&1 &")?;
     wait_for("the findings", || {
         let all = container.findings()?;
         let has = |path: &str| all.iter().any(|one| one["file"]["path"] == path);
@@ -262,7 +265,6 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
 
     // Of a container that is gone nothing can be taken, and the reply says so.
     drop(fuse);
-    container.stop()?;
     container.remove()?;
     let gone = wait_for("the container to be gone", || {
         let output = node.driftd(&["evidence", "take", &container.id])?;

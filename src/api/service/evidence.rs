@@ -70,12 +70,19 @@ impl Service {
         &self,
         request: proto::VerifyEvidenceRequest,
     ) -> Result<proto::VerifyEvidenceResponse, Status> {
-        let case = self.case(&request.case)?;
-        let directory = self.backend()?.evidence.path(case.id);
-        let verified = unblock(move || verify(&directory)).await?;
-        let verified = verified.map_err(|err| {
-            Status::data_loss(format!("the case {} cannot be read: {err}", case.id))
-        })?;
+        let mut case = self.case(&request.case)?;
+        let verified = loop {
+            let directory = self.backend()?.evidence.path(case.id);
+            let verified = unblock(move || verify(&directory)).await?;
+            let now = self.case(&case.id.to_string())?;
+            if now == case {
+                break verified.map_err(|err| {
+                    Status::data_loss(format!("the case {} cannot be read: {err}", case.id))
+                })?;
+            }
+            // Something was added to it meanwhile.
+            case = now;
+        };
         let mut problems = verified.problems;
         let recorded = match &case.manifest {
             // Of a damaged manifest, the container is not known.
