@@ -404,7 +404,7 @@ pub struct Response {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptCase {
     pub id: CaseId,
-    /// Of its `SHA256SUMS`.
+    /// The SHA-256 of its `SHA256SUMS`.
     pub digest: Sha256Hash,
 }
 

@@ -4,7 +4,7 @@
 //! container. The two files that describe the case come last; then `store` gives the directory
 //! its name. So a case with a name is whole, whatever happened meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufWriter, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -271,10 +271,16 @@ fn sync(directory: &Path, files: &[Kept]) -> io::Result<()> {
     if files.len() > SYNCED_ONE_BY_ONE {
         return crate::sys::file::sync_filesystem(File::open(directory)?);
     }
+    let mut directories = BTreeSet::new();
     for file in files {
-        File::open(directory.join(&file.name))?.sync_all()?;
+        let path = directory.join(&file.name);
+        File::open(&path)?.sync_all()?;
+        // Their names, too.
+        directories.extend(
+            path.ancestors().skip(1).take_while(|path| *path != directory).map(Path::to_owned),
+        );
     }
-    Ok(())
+    directories.iter().try_for_each(|path| File::open(path)?.sync_all())
 }
 
 /// A file that grows line by line.

@@ -56,7 +56,7 @@ impl Files {
         let dirs = container.rootfs.as_ref();
         let is_local = dirs.is_some_and(|dirs| door::foreign_layer(&all_of(dirs)).is_none());
         let upper = dirs.filter(|_| is_local).and_then(|dirs| {
-            // Of containerd, or of Docker: no container chooses this name.
+            // containerd or Docker has chosen this name, and no container.
             file::open_directory(&dirs.upperdir).ok()
         });
         let init = init.and_then(|handle| {
@@ -77,6 +77,11 @@ impl Files {
 
     pub(super) fn upper(&self) -> Option<&OwnedFd> {
         self.upper.as_ref()
+    }
+
+    /// The mounts that the container's init sees.
+    pub(super) fn mountinfo(&self) -> Option<Vec<u8>> {
+        self.init.as_ref().and_then(|init| init.handle.mountinfo().ok())
     }
 
     /// Takes the file at a path of the container. The entry says what there was.

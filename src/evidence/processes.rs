@@ -24,12 +24,6 @@ const MAX_COMMAND_LINE: u64 = 128 << 10;
 const MAX_ENVIRONMENT: u64 = 256 << 10;
 const MAX_MAPS: u64 = 1 << 20;
 
-/// The processes of one run, the oldest first.
-pub(super) struct Found {
-    pub(super) init: Option<Handle>,
-    pub(super) all: Vec<ProcessIdentity>,
-}
-
 /// What is kept of a process.
 pub(super) struct KeptProcess {
     /// Its program, unless that is the image's.
@@ -76,25 +70,32 @@ struct SocketJson {
     listens: bool,
 }
 
-/// Finds the processes of a run.
-pub(super) fn find(run: Option<Incarnation>) -> Found {
-    let held = |run: Incarnation| match run.start_time {
-        Some(start_time) => Handle::open_exactly(ProcessIdentity { pid: run.pid, start_time }),
-        None => Handle::open(run.pid),
-    };
-    let Some(init) = run.and_then(|run| held(run).ok()) else {
-        return Found { init: None, all: Vec::new() };
-    };
-    let own = init.whereabouts();
+/// Holds the init of a run; `None` if it has ended.
+pub(super) fn init_of(run: Incarnation) -> Option<Handle> {
+    match run.start_time {
+        Some(start_time) => Handle::open_exactly(ProcessIdentity { pid: run.pid, start_time }).ok(),
+        None => Handle::open(run.pid).ok(),
+    }
+}
+
+/// The process that is meant, if it is there and belongs to the container.
+pub(super) fn meant(own: &Whereabouts, process: ProcessIdentity) -> Option<ProcessIdentity> {
+    let handle = Handle::open(process.pid).ok()?;
+    let is_it = process.may_be(handle.identity()) && belongs(own, &handle.whereabouts());
+    is_it.then(|| handle.identity())
+}
+
+/// The processes of a container, the oldest first.
+pub(super) fn all_of(own: &Whereabouts) -> Vec<ProcessIdentity> {
     let mut all = Vec::new();
     for pid in procfs::all().unwrap_or_default() {
         let Ok(handle) = Handle::open(pid) else { continue };
-        if belongs(&own, &handle.whereabouts()) {
+        if belongs(own, &handle.whereabouts()) {
             all.push(handle.identity());
         }
     }
     all.sort_unstable_by_key(|process| (process.start_time, process.pid));
-    Found { init: Some(init), all }
+    all
 }
 
 /// Whether a process belongs to the container of an init: by its control group, or because it

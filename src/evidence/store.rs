@@ -2,7 +2,7 @@
 //!
 //! A case is written under a temporary name (`draft`) and gets its own name when it is whole. What
 //! is added to a case replaces it as a whole. So after a crash each case is as it was before or
-//! after. Of a case that was just begun, what was written is kept and marked as cut.
+//! after. What was written of a case that was just begun is kept, and marked as cut.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};

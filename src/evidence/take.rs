@@ -17,7 +17,7 @@ use super::draft::{Cut, Draft, Lines};
 use super::entry::{Entry, Why};
 use super::files::Files;
 use super::manifest::{Counts, Manifest};
-use super::processes::{self, Found, MOST, Networks};
+use super::processes::{self, MOST, Networks};
 use super::story::Story;
 use super::{layer, redact};
 use crate::history::Reader;
@@ -25,6 +25,7 @@ use crate::model::{
     Container, ContainerId, FindingId, Incarnation, Pod, ProcessIdentity, RootfsPath, printable,
 };
 use crate::respond::Task;
+use crate::sys::procfs::{Handle, Whereabouts};
 
 /// How many drifted files are read.
 const MOST_FILES: usize = 20_000;
@@ -63,9 +64,8 @@ pub(super) fn take(
     max_file: u64,
     earlier: Vec<Entry>,
 ) -> Outcome {
-    let found = processes::find(task.request.incarnation);
-    let Found { init, all } = found;
-    let mounts = init.as_ref().and_then(|init| init.mountinfo().ok());
+    let init = task.request.incarnation.and_then(processes::init_of);
+    let own = init.as_ref().map(Handle::whereabouts);
     let directory = format!("takes/{number:04}");
     let list = match draft.lines(&format!("{directory}/files.jsonl")) {
         Ok(list) => list,
@@ -80,11 +80,10 @@ pub(super) fn take(
         networks: Networks::default(),
         outcome: Outcome::default(),
     };
-    taking.outcome.counts.processes_found = all.len() as u64;
-    if task.request.incarnation.is_some() && all.is_empty() {
+    if task.request.incarnation.is_some() && own.is_none() {
         taking.cut("the run had ended before: no process was left");
     }
-    if let Err(Cut(why)) = taking.all(draft, &all, mounts.as_deref()) {
+    if let Err(Cut(why)) = taking.all(draft, own.as_ref()) {
         taking.cut(&why);
     }
     let Taking { list, mut outcome, .. } = taking;
@@ -117,31 +116,29 @@ impl Taking<'_> {
         format!("{}/{file}", self.directory)
     }
 
-    fn all(
-        &mut self,
-        draft: &mut Draft,
-        processes: &[ProcessIdentity],
-        mounts: Option<&[u8]>,
-    ) -> Result<(), Cut> {
+    fn all(&mut self, draft: &mut Draft, own: Option<&Whereabouts>) -> Result<(), Cut> {
         let order = &self.task.order;
-        let meant = |one: &&ProcessIdentity| order.process.is_some_and(|meant| meant.may_be(**one));
-        let meant: Vec<ProcessIdentity> = processes.iter().filter(meant).copied().collect();
-        for process in &meant {
-            self.process(draft, *process)?;
+        // Before anything else: it may end at any moment.
+        if let (Some(own), Some(process)) = (own, order.process)
+            && let Some(process) = processes::meant(own, process)
+        {
+            self.process(draft, process)?;
         }
         let mut taken = HashSet::new();
         if let Some(path) = order.path.clone() {
             taken.insert(path.clone());
             self.file(draft, path, self.task.request.finding)?;
         }
-        self.container(draft, mounts)?;
+        self.container(draft)?;
+        let processes = own.map(processes::all_of).unwrap_or_default();
+        self.outcome.counts.processes_found = processes.len() as u64;
         let container = &self.task.request.container;
         let story = Story::read(self.reader, container, self.task.request.finding);
         story.missing.iter().for_each(|why| self.cut(why));
         self.outcome.counts.findings = story.findings();
         self.outcome.counts.sessions = story.sessions();
         let drifted = story.write(draft, self.reader, &self.directory)?;
-        self.processes(draft, processes, &story.processes())?;
+        self.processes(draft, &processes, &story.processes())?;
         if let Some(upper) = self.files.upper() {
             let name = format!("{}/layer.jsonl", self.directory);
             let missing = layer::list(draft, upper, &name)?;
@@ -229,7 +226,7 @@ impl Taking<'_> {
         self.list.add_reserved(draft, entry)
     }
 
-    fn container(&mut self, draft: &mut Draft, mounts: Option<&[u8]>) -> Result<(), Cut> {
+    fn container(&mut self, draft: &mut Draft) -> Result<(), Cut> {
         let Container { id, runtime, created_at, labels, pod, image, layers, snapshotter, .. } =
             &*self.task.order.container;
         let specification = match &self.task.specification {
@@ -265,8 +262,8 @@ impl Taking<'_> {
             specification,
         };
         draft.put_json(&self.name("container.json"), &json)?;
-        match mounts {
-            Some(mounts) => draft.put(&self.name("mountinfo"), mounts),
+        match self.files.mountinfo() {
+            Some(mounts) => draft.put(&self.name("mountinfo"), &mounts),
             None => Ok(()),
         }
     }

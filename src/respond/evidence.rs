@@ -21,7 +21,7 @@ use crate::model::ContainerId;
 /// How long evidence may take that a user asks for, as long as nothing waits for it.
 const BY_HAND: Duration = Duration::from_secs(600);
 /// How long the container runtime may take to return a specification.
-const SPECIFICATION: Duration = Duration::from_secs(2);
+const SPECIFICATION: Duration = Duration::from_millis(500);
 /// How often a deadline that may have changed is looked at.
 const STEP: Duration = Duration::from_millis(50);
 /// How often a container that was left frozen is tried to be thawed, and how long.
@@ -128,7 +128,7 @@ async fn specification(runtime: &impl Runtime, container: &ContainerId) -> Resul
     match answer {
         Ok(Ok(text)) => Ok(text),
         Ok(Err(err)) => Err(err.to_string()),
-        Err(_) => Err(format!("no answer within {} s", SPECIFICATION.as_secs())),
+        Err(_) => Err(format!("no answer within {} ms", SPECIFICATION.as_millis())),
     }
 }
 

@@ -263,7 +263,7 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
     ensure!(why.contains("was not opened"), "{served:#}");
     ensure!(fuse.unanswered().is_empty(), "driftd has asked: {:?}", fuse.unanswered());
 
-    // Of a container that is gone nothing can be taken, and the reply says so.
+    // Nothing can be taken of a container that is gone, and the reply says so.
     drop(fuse);
     container.remove()?;
     let gone = wait_for("the container to be gone", || {

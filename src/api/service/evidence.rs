@@ -85,7 +85,7 @@ impl Service {
         };
         let mut problems = verified.problems;
         let recorded = match &case.manifest {
-            // Of a damaged manifest, the container is not known.
+            // A damaged manifest does not name the container.
             Err(_) => None,
             Ok(manifest) => {
                 let (container, id) = (manifest.container.clone(), case.id);
