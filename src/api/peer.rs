@@ -30,6 +30,11 @@ pub(super) struct Peer {
 }
 
 impl Peer {
+    #[cfg(test)]
+    pub(super) fn of(uid: u32) -> Peer {
+        Peer { uid, pid: None }
+    }
+
     pub(super) fn is_root(&self) -> bool {
         self.uid == 0
     }
@@ -178,8 +183,7 @@ mod tests {
 
     #[test]
     fn only_uid_0_is_root() {
-        let is_root = |uid| Peer { uid, pid: None }.is_root();
-        assert!(is_root(0) && !is_root(1000));
+        assert!(Peer::of(0).is_root() && !Peer::of(1000).is_root());
     }
 
     #[test]

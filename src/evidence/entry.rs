@@ -21,7 +21,6 @@ pub(super) enum Why {
 }
 
 /// A file of the container.
-// Long: the published schema, one field for each key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Entry {
     #[serde(flatten)]

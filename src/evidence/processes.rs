@@ -31,6 +31,7 @@ pub(super) struct KeptProcess {
 }
 
 /// What is described of one process. A published JSON schema (docs/evidence.md).
+// Long: one field for each key.
 #[derive(Debug, Serialize)]
 struct ProcessJson {
     #[serde(flatten)]
@@ -49,6 +50,10 @@ struct ProcessJson {
     descriptors_left_out: bool,
     /// Null if it could not be read.
     environment: Option<Vec<Variable>>,
+    /// The texts beside this one that are not whole, because they are too long, and those that
+    /// could not be read.
+    texts_cut: Vec<&'static str>,
+    texts_unread: Vec<&'static str>,
     /// It ended, or became another program, while it was read.
     changed: Option<&'static str>,
     program: Option<Entry>,
@@ -145,13 +150,18 @@ pub(super) fn take(
     // What ends soonest comes first: the program, then what the kernel shows.
     let program = files.take_program(draft, process)?;
     let texts = [
-        ("cmdline", process.command_line(MAX_COMMAND_LINE).ok()),
-        ("maps", process.maps(MAX_MAPS).ok()),
-        ("status", process.status().ok()),
-        ("cgroup", process.groups().ok()),
+        ("cmdline", process.command_line(MAX_COMMAND_LINE).ok(), MAX_COMMAND_LINE),
+        ("maps", process.maps(MAX_MAPS).ok(), MAX_MAPS),
+        ("status", process.status().ok(), u64::MAX),
+        ("cgroup", process.groups().ok(), u64::MAX),
     ];
     let variables_text = process.environment(MAX_ENVIRONMENT).ok();
     let (descriptors, descriptors_left_out) = descriptors(process, networks);
+    let is_cut = |text: &Vec<u8>, most: u64| text.len() as u64 >= most;
+    let texts_cut = texts
+        .iter()
+        .filter(|(_, text, most)| text.as_ref().is_some_and(|text| is_cut(text, *most)));
+    let texts_unread = texts.iter().filter(|(_, text, _)| text.is_none());
     let text = |bytes: Vec<u8>| printable(&bytes);
     let first = before.as_ref().unwrap_or(process.first_stat());
     let mut json = ProcessJson {
@@ -167,6 +177,8 @@ pub(super) fn take(
         descriptors,
         descriptors_left_out,
         environment: variables_text.as_deref().map(variables),
+        texts_cut: texts_cut.map(|(name, ..)| *name).collect(),
+        texts_unread: texts_unread.map(|(name, ..)| *name).collect(),
         changed: None,
         program: program.clone(),
     };
@@ -178,7 +190,7 @@ pub(super) fn take(
         }
         _ => None,
     };
-    for (file, text) in texts {
+    for (file, text, _) in texts {
         if let Some(text) = text {
             draft.put(&name(file), &text)?;
         }

@@ -275,3 +275,23 @@ fn client_of<T>(request: &Request<T>) -> Result<String, Status> {
     let client = request.extensions().get::<Peer>().map(ToString::to_string);
     client.ok_or_else(|| Status::permission_denied("the client is not known"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_content_of_a_case_is_for_root_and_not_for_the_group() {
+        let check = |peer: Option<Peer>| {
+            let mut request = Request::new(());
+            if let Some(peer) = peer {
+                request.extensions_mut().insert(peer);
+            }
+            check_root(&request, "may export a case").map_err(|status| status.code())
+        };
+        assert_eq!(check(Some(Peer::of(0))), Ok(()));
+        for peer in [Some(Peer::of(1000)), None] {
+            assert_eq!(check(peer), Err(tonic::Code::PermissionDenied));
+        }
+    }
+}
