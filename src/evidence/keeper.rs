@@ -25,7 +25,7 @@ use crate::sys::priority::{self, Disk};
 use crate::threads::{self, Role};
 
 /// How many containers' evidence is taken at the same time.
-const THREADS: usize = 3;
+const THREADS: usize = 8;
 /// How many more may wait.
 const QUEUE: usize = 64;
 /// Below driftd's other threads.
@@ -123,6 +123,7 @@ impl Shared {
         let finished = self.store.end(begun, counts, cut.clone()).inspect_err(|why| {
             self.lose(Failure::EvidenceFailed, task, why);
         })?;
+        self.health.end(Failure::EvidenceFailed);
         let case = task.order.case;
         let message = format!("case {case}: {}", summary(&counts, finished.bytes, &cut));
         Ok(Taken { case, digest: finished.digest, message })

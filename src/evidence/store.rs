@@ -260,7 +260,11 @@ impl Store {
         if number >= MOST_TAKES {
             return Err(format!("the case {id} was added to {number} times, and is not any more"));
         }
-        let failed = |err: io::Error| draft::failed(&err).0;
+        let failed =
+            |err: io::Error| format!("{} (in {})", draft::failed(&err).0, self.directory.display());
+        // It may have been away when driftd was started.
+        let store = DirBuilder::new().recursive(true).mode(0o700).create(&self.directory);
+        store.map_err(failed)?;
         let directory = self.directory.join(format!("{DRAFT}{id}"));
         match fs::remove_dir_all(&directory) {
             Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(failed(err)),

@@ -126,3 +126,31 @@ fn parse(text: &str) -> Option<[u8; 16]> {
     }
     Some(id)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_case_is_that_of_one_run_and_one_finding() {
+        let container = ContainerId::new("default", "web");
+        let run =
+            |start_time| Incarnation { pid: 7, start_time: Some(start_time), created_at: None };
+        let finding = Some(FindingId([1; 16]));
+        let case =
+            |start_time, finding, at| CaseId::new(&container, Some(run(start_time)), finding, at);
+        let first = case(1, finding, None);
+        assert_eq!(first, case(1, finding, None));
+        let described = Incarnation { created_at: Some(Timestamp::UNIX_EPOCH), ..run(1) };
+        // The run may be known before containerd has described its container.
+        assert_eq!(first, CaseId::new(&container, Some(described), finding, None));
+        let others = [
+            case(2, finding, None),
+            case(1, Some(FindingId([2; 16])), None),
+            case(1, None, None),
+            case(1, None, Some(Timestamp::MAX)),
+            CaseId::new(&ContainerId::new("default", "api"), Some(run(1)), finding, None),
+        ];
+        assert!(!others.contains(&first), "{first} {others:?}");
+    }
+}

@@ -23,6 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     const PAUSE: &str = "[evidence]\npause = true";
     vec![
         test_alone("evidence_comes_before_the_kill_and_outlives_the_container", ON, by_rule),
+        test_alone("evidence_comes_before_a_process_is_killed_and_no_other", ON, of_process),
         test_alone("evidence_is_not_taken_in_a_dry_run", DRY, dry_run),
         test_alone("evidence_of_hostile_files_and_processes", "", hostile),
         test_alone("evidence_of_a_flood_of_files_is_cut_at_its_limits", "", flood),
@@ -179,6 +180,38 @@ fn by_rule(node: &Node) -> anyhow::Result<()> {
 /// The SHA-256 of a content, by which objects are named.
 fn sha256(content: &[u8]) -> String {
     driftd::model::finding::hex(&Sha256::digest(content))
+}
+
+/// The process is kept, then killed; the container goes on, and its next run has a case of its own.
+fn of_process(node: &Node) -> anyhow::Result<()> {
+    rule(node, "[\"evidence\", \"kill-process\"]")?;
+    let container = node.settled_container()?;
+    container.lay_payload("x")?;
+    let run = |count: usize| -> anyhow::Result<Value> {
+        let ran = container.try_sh("cp /.control/x /tmp/x; /tmp/x 600000; echo ended $?")?;
+        ensure!(ran.output.contains("ended 137"), "{ran:?}");
+        let all = wait_for("the case", || {
+            let all = cases(node)?;
+            Ok((all.len() == count).then_some(all))
+        })?;
+        let case = directory_of(node, all[0]["id"].as_str().context("no ID")?)?;
+        let all = processes(&case)?;
+        let is_it = |one: &&Value| one["exe"] == "/tmp/x" && one["program"]["object"].is_string();
+        all.iter().find(is_it).cloned().with_context(|| format!("{all:#?}"))
+    };
+    let first = run(1)?;
+    container.sh("true")?;
+    // Started again under the same ID.
+    container.stop()?;
+    container.start_again()?;
+    let second = run(2)?;
+    ensure!(first["pid"] != second["pid"], "{first:#} {second:#}");
+    let happened = responses(&container)?;
+    let order: Vec<&str> = happened.iter().map(|(action, _)| action.as_str()).collect();
+    // The second kill for one finding is recorded with those that follow.
+    let expected = ["begin-evidence", "evidence", "kill-process", "begin-evidence", "evidence"];
+    ensure!(order.starts_with(&expected), "{happened:#?}");
+    Ok(())
 }
 
 fn dry_run(node: &Node) -> anyhow::Result<()> {
