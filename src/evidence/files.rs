@@ -69,7 +69,7 @@ impl Files {
         for entry in earlier {
             if let Some(found) = entry.found.clone().filter(|_| entry.object.is_some()) {
                 let key = (found.device, found.inode, found.changed, found.size);
-                known.insert(key, entry);
+                known.insert(key, Entry { path: RootfsPath::root(), ..entry });
             }
         }
         Files { upper, init, max_file, known }
@@ -179,7 +179,9 @@ impl Files {
         let ended = copy(draft, opened.as_fd(), &held.stat, self.max_file, entry);
         // A file that is being written is read again the next time.
         if !entry.unstable && ended.is_ok() {
-            self.known.insert(key(&held.stat), entry.clone());
+            // A container chooses how long a path is.
+            let known = Entry { path: RootfsPath::root(), ..entry.clone() };
+            self.known.insert(key(&held.stat), known);
         }
         ended
     }

@@ -18,6 +18,8 @@ use crate::respond::Response;
 const MOST_FINDINGS: usize = 2000;
 const PAGE: usize = 500;
 const MOST_MEMBERS: usize = 100_000;
+/// The bytes of these, in memory: containers choose how long arguments and paths are.
+const MAX_BYTES: usize = 32 << 20;
 const MOST_SESSIONS: usize = 64;
 const MOST_COMMANDS: usize = 512;
 const MOST_RESPONSES: usize = 256;
@@ -33,6 +35,8 @@ pub(super) struct Story {
     responses: Vec<Response>,
     /// What is missing, in words.
     pub(super) missing: Vec<String>,
+    /// Not all members of findings were read.
+    pub(super) is_short: std::cell::Cell<bool>,
 }
 
 /// The lines of `members.jsonl` and `responses.jsonl`. Published JSON schemas.
@@ -80,17 +84,20 @@ impl Story {
             self.findings.extend(text.parse());
         }
         let filter = Filter { container: Some(container.clone()), ..Filter::default() };
-        let mut after = None;
-        while self.findings.len() < MOST_FINDINGS {
-            let page = reader.findings(&filter, after, PAGE)?;
-            self.findings.extend(page.findings.into_iter().filter(|one| Some(one.id) != finding));
+        let (mut after, mut bytes) = (None, 0);
+        while self.findings.len() < MOST_FINDINGS && bytes < MAX_BYTES {
+            let page = reader.stored_findings(&filter, after, PAGE)?;
+            bytes += page.findings.iter().map(|text| text.0.len()).sum::<usize>();
+            let read = page.findings.iter().filter_map(|text| text.parse().ok());
+            self.findings.extend(read.filter(|one| Some(one.id) != finding));
             after = page.next;
             if after.is_none() {
                 break;
             }
         }
         if after.is_some() {
-            self.missing.push(format!("there are more than {MOST_FINDINGS} findings"));
+            let kept = self.findings.len();
+            self.missing.push(format!("there are more findings than the {kept} newest"));
         }
         let filter =
             SessionFilter { container: Some(container.clone()), ..SessionFilter::default() };
@@ -188,7 +195,7 @@ impl Story {
     ) -> Result<Vec<(RootfsPath, FindingId)>, Cut> {
         let mut lines = draft.lines(&format!("{directory}/members.jsonl"))?;
         let (mut seen, mut files) = (HashSet::new(), Vec::new());
-        let (mut ended, mut left) = (Ok(()), MOST_MEMBERS);
+        let (mut ended, mut left, mut bytes) = (Ok(()), MOST_MEMBERS, MAX_BYTES);
         for finding in &self.findings {
             // What lies in the root of another container is that one's. What has no name is kept
             // with its process.
@@ -207,12 +214,16 @@ impl Story {
                 if left == 0 || ended.is_err() {
                     return;
                 }
-                left -= 1;
+                bytes = bytes.saturating_sub(member.path.as_bytes().len());
+                left = if bytes == 0 { 0 } else { left - 1 };
                 ended = lines.add(draft, &MemberLine { finding: finding.id, member: &member });
                 if seen.insert(member.path.clone()) {
                     files.push((member.path, finding.id));
                 }
             });
+        }
+        if left == 0 {
+            self.is_short.set(true);
         }
         lines.end(draft)?;
         ended.map(|()| files)

@@ -138,6 +138,9 @@ impl Taking<'_> {
         self.outcome.counts.findings = story.findings();
         self.outcome.counts.sessions = story.sessions();
         let drifted = story.write(draft, self.reader, &self.directory)?;
+        if story.is_short.get() {
+            self.cut("findings stand for more files than are listed");
+        }
         self.processes(draft, &processes, &story.processes())?;
         if let Some(upper) = self.files.upper() {
             let name = format!("{}/layer.jsonl", self.directory);
@@ -270,7 +273,7 @@ impl Taking<'_> {
 }
 
 /// The longest list of files that is read again.
-const MAX_LIST: u64 = 256 << 20;
+const MAX_LIST: u64 = 32 << 20;
 
 /// What earlier takes of a case have kept.
 pub(super) fn earlier(directory: &Path, manifest: &Manifest) -> Vec<Entry> {

@@ -174,6 +174,20 @@ fn by_rule(node: &Node) -> anyhow::Result<()> {
     ensure!(mounts.contains("/.control"), "{mounts}");
     // No value of a variable is anywhere in it.
     ensure!(!plain.windows(14).any(|part| part == b"hunter2hunter2"), "a secret is kept");
+
+    // A case that was changed as a whole is consistent, and the history knows better.
+    node.start_driftd()?;
+    let own = directory_of(node, &id)?;
+    let text = fs::read_to_string(own.join("manifest.json"))?;
+    let changed = text.replace("rule keep", "rule other");
+    let sums = fs::read_to_string(own.join("SHA256SUMS"))?;
+    fs::write(own.join("manifest.json"), &changed)?;
+    let sums = sums.replace(&sha256(text.as_bytes()), &sha256(changed.as_bytes()));
+    fs::write(own.join("SHA256SUMS"), sums)?;
+    ensure!(changed != text && verify(&own)?.problems.is_empty());
+    let verified = node.driftd(&["evidence", "verify", &id])?;
+    ensure!(verified.status.code() == Some(1), "{}", talk(&verified));
+    ensure!(talk(&verified).contains("the history has kept another digest"), "{}", talk(&verified));
     Ok(())
 }
 
