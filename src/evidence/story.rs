@@ -11,6 +11,7 @@ use super::draft::{Cut, Draft};
 use crate::history::{Filter, Lookup, Reader, SessionFilter};
 use crate::model::{
     ContainerId, Finding, FindingId, Member, Outcome, ProcessIdentity, RootfsPath, Session,
+    Severity,
 };
 use crate::respond::Response;
 
@@ -83,21 +84,11 @@ impl Story {
         for text in reader.findings_of(&meant)? {
             self.findings.extend(text.parse());
         }
-        let filter = Filter { container: Some(container.clone()), ..Filter::default() };
-        let (mut after, mut bytes) = (None, 0);
-        while self.findings.len() < MOST_FINDINGS && bytes < MAX_BYTES {
-            let page = reader.stored_findings(&filter, after, PAGE)?;
-            bytes += page.findings.iter().map(|text| text.0.len()).sum::<usize>();
-            let read = page.findings.iter().filter_map(|text| text.parse().ok());
-            self.findings.extend(read.filter(|one| Some(one.id) != finding));
-            after = page.next;
-            if after.is_none() {
-                break;
-            }
-        }
-        if after.is_some() {
-            let kept = self.findings.len();
-            self.missing.push(format!("there are more findings than the {kept} newest"));
+        // The severe ones first: a flood of others must not push them out.
+        for minimum_severity in [Some(Severity::High), None] {
+            let container = Some(container.clone());
+            let filter = Filter { container, minimum_severity, ..Filter::default() };
+            self.read_pages(reader, &filter)?;
         }
         let filter =
             SessionFilter { container: Some(container.clone()), ..SessionFilter::default() };
@@ -107,6 +98,36 @@ impl Story {
         self.responses.drain(..old);
         self.sort();
         Ok(())
+    }
+
+    /// Adds the newest findings that are not there yet.
+    fn read_pages(
+        &mut self,
+        reader: &Reader,
+        filter: &Filter,
+    ) -> Result<(), crate::history::Error> {
+        let mut known: HashSet<FindingId> = self.findings.iter().map(|one| one.id).collect();
+        let most = self.findings.len() + MOST_FINDINGS / 2;
+        let (mut after, mut bytes) = (None, 0);
+        loop {
+            let page = reader.stored_findings(filter, after, PAGE)?;
+            for text in &page.findings {
+                bytes += text.0.len();
+                let Ok(finding) = text.parse() else { continue };
+                if known.insert(finding.id) {
+                    self.findings.push(finding);
+                }
+            }
+            after = page.next;
+            if after.is_none() {
+                return Ok(());
+            }
+            if self.findings.len() >= most || bytes >= MAX_BYTES / 2 {
+                let kept = self.findings.len();
+                self.missing.push(format!("there are more findings than the {kept} that are kept"));
+                return Ok(());
+            }
+        }
     }
 
     /// The finding that asks for it first, then those of its session, then the most severe.
@@ -237,5 +258,51 @@ fn wait_for(reader: &Reader, finding: FindingId) {
             return;
         }
         std::thread::sleep(STEP);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::health::Health;
+    use crate::history::{History, Keep, Record};
+
+    #[test]
+    fn a_flood_of_findings_pushes_out_none_that_is_severe() {
+        let directory = tempfile::tempdir().unwrap();
+        let history = History::open(directory.path()).unwrap();
+        let keep = Keep { retention: Duration::from_secs(1 << 30), max_bytes: 1 << 30 };
+        let writer = history.start(keep, Arc::new(Health::default()));
+        let text = include_str!("../../tests/data/finding.json");
+        let sample: Finding = serde_json::from_str(text).unwrap();
+        let container = sample.container_id().unwrap().clone();
+        let number = |number: u16, severity| {
+            let mut id = [0; 16];
+            id[..2].copy_from_slice(&number.to_be_bytes());
+            let at = sample.last_seen + jiff::SignedDuration::from_secs(number.into());
+            Finding { id: FindingId(id), severity, first_seen: at, last_seen: at, ..sample.clone() }
+        };
+        let (severe, last) = (number(1, Severity::Critical), number(3000, Severity::Low));
+        let all = (2..3000).map(|one| number(one, Severity::Low));
+        for finding in [severe.clone()].into_iter().chain(all).chain([last.clone()]) {
+            writer.records().send(Record::Finding(Box::new(finding))).unwrap();
+        }
+        let reader = writer.reader();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !matches!(reader.finding(&last.id.to_string()), Ok(Lookup::Found(_))) {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(STEP);
+        }
+        let asked = number(17, Severity::Low).id;
+        let story = Story::read(&reader, &container, Some(asked));
+        let ids: Vec<FindingId> = story.findings.iter().map(|one| one.id).collect();
+        assert_eq!(ids[0], asked, "the one that asks for it is first");
+        assert!(ids.contains(&severe.id) && ids.contains(&last.id));
+        assert!((1000..MOST_FINDINGS).contains(&ids.len()), "{}", ids.len());
+        let distinct: HashSet<&FindingId> = ids.iter().collect();
+        assert_eq!(distinct.len(), ids.len());
+        assert_eq!(story.missing.len(), 1, "{:?}", story.missing);
     }
 }
