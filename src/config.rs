@@ -27,6 +27,7 @@ pub struct Config {
     pub history: History,
     pub respond: Respond,
     pub policy: PolicyFiles,
+    pub evidence: Evidence,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -222,6 +223,72 @@ impl Default for Respond {
     }
 }
 
+/// What is kept of a container before an answer destroys it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Evidence {
+    /// The directory of the cases. Empty: `evidence` in the state directory.
+    pub directory: PathBuf,
+    /// How many bytes of one file are kept.
+    #[serde(with = "bytes")]
+    pub max_file_bytes: u64,
+    /// How many bytes one case may take.
+    #[serde(with = "bytes")]
+    pub max_case_bytes: u64,
+    /// How many bytes all cases may take. When this is reached, nothing more is taken: no case
+    /// makes room for another one.
+    #[serde(with = "bytes")]
+    pub max_bytes: u64,
+    /// How long a case is kept after it was added to last; 0s: until it is removed.
+    #[serde(with = "duration")]
+    pub retention: Duration,
+    /// How long an answer waits for evidence that comes before it.
+    #[serde(with = "duration")]
+    pub deadline: Duration,
+    /// Whether a container is frozen while its evidence is taken.
+    pub pause: bool,
+}
+
+impl Default for Evidence {
+    fn default() -> Evidence {
+        Evidence {
+            directory: PathBuf::new(),
+            max_file_bytes: 64 << 20,
+            max_case_bytes: 512 << 20,
+            max_bytes: 4 << 30,
+            retention: Duration::from_secs(30 * 24 * 60 * 60),
+            deadline: Duration::from_secs(10),
+            pause: false,
+        }
+    }
+}
+
+/// The least that one case may take: the texts about one process and one file.
+const MIN_CASE: u64 = 1 << 20;
+
+impl Evidence {
+    fn check(&self) -> Result<(), String> {
+        if !self.directory.as_os_str().is_empty() && !self.directory.is_absolute() {
+            return Err(format!(
+                "evidence.directory = {:?} is not an absolute path",
+                self.directory
+            ));
+        }
+        if self.max_case_bytes < MIN_CASE {
+            return Err(format!("evidence.max_case_bytes is below {MIN_CASE}"));
+        }
+        if self.max_bytes < self.max_case_bytes {
+            return Err(
+                "evidence.max_bytes is below evidence.max_case_bytes: no case would fit".into()
+            );
+        }
+        if self.deadline < Duration::from_secs(1) {
+            return Err("evidence.deadline is below 1s".into());
+        }
+        Ok(())
+    }
+}
+
 /// The rules that decide what happens to findings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -337,6 +404,7 @@ impl Default for Config {
             },
             respond: Respond::default(),
             policy: PolicyFiles::default(),
+            evidence: Evidence::default(),
         }
     }
 }
@@ -506,6 +574,16 @@ pub enum Error {
 }
 
 impl Config {
+    /// Where cases of evidence are kept.
+    pub fn evidence_directory(&self) -> PathBuf {
+        let directory = &self.evidence.directory;
+        if directory.as_os_str().is_empty() {
+            self.state_dir.join("evidence")
+        } else {
+            directory.clone()
+        }
+    }
+
     /// Reads the settings. Without a file named by the operator, the default
     /// file may be missing: then the defaults apply.
     pub fn load(file: Option<&Path>) -> Result<Config, Error> {
@@ -572,6 +650,7 @@ impl Config {
         if respond.within < Duration::from_secs(1) {
             return Err("respond.within is below 1s".into());
         }
+        config.evidence.check()?;
         if config.history.max_bytes < MIN_HISTORY {
             return Err(format!("history.max_bytes is below {MIN_HISTORY}"));
         }

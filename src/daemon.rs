@@ -21,6 +21,7 @@ use crate::baseline::{Recorder, Store};
 use crate::cli::exit::Exit;
 use crate::config::{self, Arm, Config};
 use crate::containerd::{Containerd, ContentBlobs, Lane, Urgent};
+use crate::evidence::{self, Keeper};
 use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
@@ -83,6 +84,7 @@ pub fn run(
     guarded_by.1.progress().needs(watch.gate_turns());
     guarded_by.1.progress().needs(health.threads.beats());
     let writer = history.start(keep_of(config), health.clone());
+    let keeper = start_keeper(config, &node, writer.reader(), &health)?;
     let logged = *writer.committed().borrow();
     if let Some(gap) = gap {
         let _ = writer.records().send(gap);
@@ -153,7 +155,9 @@ pub fn run(
             recorder: recorder.clone(),
             images: Arc::new(containerd.clone()),
             policy_reloads,
+            evidence: keeper.store().clone(),
         },
+        keeper: keeper.clone(),
         rules,
         policy_reloads: policy_reload_requests,
         containerd: containerd.clone(),
@@ -175,6 +179,7 @@ pub fn run(
         watch: Arc::new(watch),
         guarded_by,
         containerd,
+        keeper,
         stop_sender,
         recorder,
         writer,
@@ -302,6 +307,19 @@ fn start_watch(
     Ok(watch)
 }
 
+/// Opens the store of evidence, and starts the threads that take it.
+fn start_keeper(
+    config: &Config,
+    node: &str,
+    reader: Reader,
+    health: &Arc<Health>,
+) -> anyhow::Result<Keeper> {
+    let directory = config.evidence_directory();
+    let store = evidence::Store::open(directory, &config.evidence, node, health);
+    Keeper::start(Arc::new(store), reader, health)
+        .context("cannot start the threads that take evidence")
+}
+
 fn async_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -359,6 +377,7 @@ fn command_for(urgent: Urgent) -> SensorCommand {
 /// What the async tasks need.
 struct Serving {
     backend: api::Backend,
+    keeper: Keeper,
     rules: Rules,
     policy_reloads: mpsc::Receiver<api::PolicyReload>,
     containerd: Containerd,
@@ -384,6 +403,7 @@ async fn serve(
 ) -> anyhow::Result<(anyhow::Result<()>, Followers)> {
     let Serving {
         backend,
+        keeper,
         rules,
         policy_reloads,
         containerd,
@@ -396,7 +416,7 @@ async fn serve(
         api_ends,
         ends,
     } = serving;
-    tokio::spawn(respond::run(containerd, response_requests, response_sender));
+    tokio::spawn(respond::run(containerd, keeper, response_requests, response_sender));
     let listener = api::Listener::bind(&config.socket)?;
     let requests = backend.requests.clone();
     let reloading = Reloading { config: config.clone(), rules, keep, requests, policy_reloads };

@@ -83,6 +83,14 @@ pub enum Failure {
     ForeignLayers,
     /// An execution that rules may deny was answered without a decision.
     Undecided,
+    /// Evidence was not taken: the store is full, or too much waits.
+    EvidenceRefused,
+    /// Evidence was cut by its deadline, or by a disk that is nearly full.
+    EvidenceCut,
+    /// An answer did not wait any longer for evidence that comes before it.
+    EvidenceLate,
+    /// Evidence could not be kept, because of an error.
+    EvidenceFailed,
 }
 
 /// What is done about a [`Failure`].
@@ -97,7 +105,7 @@ pub enum Reaction {
 }
 
 impl Failure {
-    pub const ALL: [Failure; 31] = [
+    pub const ALL: [Failure; 35] = [
         Failure::KernelQueueOverflow,
         Failure::ContentQueueFull,
         Failure::ProcessQueueFull,
@@ -129,6 +137,10 @@ impl Failure {
         Failure::NotRunning,
         Failure::ForeignLayers,
         Failure::Undecided,
+        Failure::EvidenceRefused,
+        Failure::EvidenceCut,
+        Failure::EvidenceLate,
+        Failure::EvidenceFailed,
     ];
 
     pub fn name(self) -> &'static str {
@@ -164,6 +176,10 @@ impl Failure {
             Failure::NotRunning => "not_running",
             Failure::ForeignLayers => "foreign_layers",
             Failure::Undecided => "undecided",
+            Failure::EvidenceRefused => "evidence_refused",
+            Failure::EvidenceCut => "evidence_cut",
+            Failure::EvidenceLate => "evidence_late",
+            Failure::EvidenceFailed => "evidence_failed",
         }
     }
 
@@ -199,7 +215,11 @@ impl Failure {
             | Failure::ProcessUnreadable
             | Failure::FindingsDelayed
             | Failure::HistoryFull
-            | Failure::ForeignLayers => Reaction::Degrade,
+            | Failure::ForeignLayers
+            | Failure::EvidenceRefused
+            | Failure::EvidenceCut
+            | Failure::EvidenceLate
+            | Failure::EvidenceFailed => Reaction::Degrade,
         }
     }
 }
@@ -224,10 +244,20 @@ struct Lasting {
 /// How long the view counts as incomplete after a loss that is not made good.
 const RECENT: Duration = Duration::from_secs(60);
 
+/// One counter for each failure.
+#[derive(Debug)]
+struct Counts([AtomicU64; Failure::ALL.len()]);
+
+impl Default for Counts {
+    fn default() -> Counts {
+        Counts(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
 /// The counters, one per failure, shared by every thread.
 #[derive(Debug, Default)]
 pub struct Health {
-    counts: [AtomicU64; Failure::ALL.len()],
+    counts: Counts,
     lasting: Mutex<BTreeMap<&'static str, Lasting>>,
     /// The daemon's threads: their queues, and whether they make progress.
     pub threads: Threads,
@@ -258,7 +288,7 @@ impl Health {
     /// other.
     #[must_use]
     pub fn record(&self, failure: Failure) -> Reaction {
-        self.counts[failure as usize].fetch_add(1, Ordering::Relaxed);
+        self.counts.0[failure as usize].fetch_add(1, Ordering::Relaxed);
         failure.reaction()
     }
 
@@ -300,7 +330,7 @@ impl Health {
     }
 
     pub fn count(&self, failure: Failure) -> u64 {
-        self.counts[failure as usize].load(Ordering::Relaxed)
+        self.counts.0[failure as usize].load(Ordering::Relaxed)
     }
 
     fn in_pulse(&self, counter: fn(&Pulse) -> &AtomicU64) -> u64 {

@@ -20,6 +20,8 @@ pub mod pipeline;
 pub mod replay;
 pub mod respond;
 
+pub mod evidence;
+
 pub mod history;
 
 pub mod api;

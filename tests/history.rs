@@ -119,6 +119,7 @@ fn response(container: &ContainerId) -> Response {
         process: None,
         pod: None,
         image: None,
+        case: None,
         changed: true,
         ticket: 0,
         incarnation: Some(Incarnation {

@@ -29,6 +29,17 @@ pub(super) struct Peer {
     pid: Option<i32>,
 }
 
+impl Peer {
+    #[cfg(test)]
+    pub(super) fn of(uid: u32) -> Peer {
+        Peer { uid, pid: None }
+    }
+
+    pub(super) fn is_root(&self) -> bool {
+        self.uid == 0
+    }
+}
+
 /// The text for a response's `requested_by`. The executable is a hint only: the process may
 /// have executed another one since.
 impl fmt::Display for Peer {
@@ -168,6 +179,11 @@ mod tests {
     fn a_request_without_credentials_is_refused() {
         let status = check(Request::new(())).unwrap_err();
         assert_eq!(status.code(), tonic::Code::PermissionDenied);
+    }
+
+    #[test]
+    fn only_uid_0_is_root() {
+        assert!(Peer::of(0).is_root() && !Peer::of(1000).is_root());
     }
 
     #[test]

@@ -103,6 +103,7 @@ fn metrics(
     let queue = status.baseline_queue.unwrap_or_default();
     let gate = status.gate.clone().unwrap_or_default();
     let policy = status.policy.clone().unwrap_or_default();
+    let evidence = status.evidence.unwrap_or_default();
     let verified = status.baselines_verified;
     let by_label = |name, values: &[(&str, u32)]| {
         let labelled = |(value, count): &(&str, u32)| (label(name, value), f64::from(*count));
@@ -184,6 +185,9 @@ fn metrics(
             "How long the oldest baseline in the queue has been there",
             large(queue.oldest_seconds),
         ),
+        ("evidence_cases", "Cases of evidence that are kept", large(evidence.cases)),
+        ("evidence_bytes", "Bytes that all cases take", large(evidence.bytes)),
+        ("evidence_max_bytes", "Bytes that all cases may take", large(evidence.max_bytes)),
         ("findings", "Findings in the history", large(status.findings)),
         (
             "findings_found",

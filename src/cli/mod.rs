@@ -21,6 +21,7 @@ mod client;
 mod containers;
 mod describe;
 mod doctor;
+mod evidence;
 mod findings;
 mod follow;
 mod gap;
@@ -111,6 +112,9 @@ enum Command {
     /// Respond to drift: kill, pause or resume a container, or kill a process
     #[command(subcommand)]
     Respond(respond::Respond),
+    /// Take, list, verify and export evidence of containers
+    #[command(subcommand)]
+    Evidence(evidence::Evidence),
     /// Play a text file as if it were a node, and show what driftd reports of it
     Replay(replay::Replay),
     /// Print the completions of a shell
@@ -223,6 +227,7 @@ impl Cli {
             Command::Probes(probes) => probes.run(reader),
             Command::Policy(policy) => policy.run(reader),
             Command::Respond(respond) => respond.run(server),
+            Command::Evidence(evidence) => evidence.run(server),
             Command::Replay(replay) => replay.run(),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),

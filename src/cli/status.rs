@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::client::{Client, call};
+use super::evidence::size;
 use super::exit::Exit;
 use super::gap::{GapJson, gap_json};
 use super::output::{Output, age, one, safe, time};
@@ -64,8 +65,18 @@ pub(super) struct StatusJson {
     policy: Option<PolicyJson>,
     /// The rules whose answers are stopped: they only report.
     stopped_rules: Vec<StoppedRuleJson>,
+    /// The store of evidence; null if the daemon is older.
+    evidence: Option<EvidenceJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
+}
+
+#[derive(Serialize)]
+struct EvidenceJson {
+    cases: u64,
+    bytes: u64,
+    /// What all cases may take.
+    max_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -183,6 +194,9 @@ pub(super) fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<St
             .into_iter()
             .map(stopped_rule_json)
             .collect::<anyhow::Result<_>>()?,
+        evidence: status.evidence.map(|proto::EvidenceStatus { cases, bytes, max_bytes }| {
+            EvidenceJson { cases, bytes, max_bytes }
+        }),
         missing: map(status.missing, |proto::Missing { name, since, meaning }| Missing {
             name,
             since,
@@ -259,6 +273,11 @@ fn add_counts(lines: &mut Lines, status: &StatusJson) {
         lines.add("Answers", &format!("of rule {rule} STOPPED since {since}: it only reports"));
         lines.add("", &safe(&stopped.reason));
         lines.add("", &format!("go on with: driftd respond resume-answers {rule} --reason TEXT"));
+    }
+    if let Some(evidence) = status.evidence.as_ref().filter(|evidence| evidence.cases > 0) {
+        let (bytes, most) = (size(evidence.bytes), size(evidence.max_bytes));
+        let cases = evidence.cases;
+        lines.add("Evidence", &format!("{cases} cases, {bytes} of {most} (driftd evidence ls)"));
     }
     lines.add("Findings", &format!("{} kept (driftd findings)", status.findings));
     lines.add(
@@ -510,6 +529,7 @@ mod tests {
                 gap(Some(crate::model::ContainerId::new("default", "c\u{1b}1")), Some(7200)),
             ],
             stopped_rules: Vec::new(),
+            evidence: None,
             missing: vec![Missing {
                 name: "fanotify_mounts".into(),
                 since: "Linux 6.14".into(),

@@ -305,6 +305,7 @@ mod tests {
             process: None,
             pod: None,
             image: None,
+            case: None,
             changed: true,
             ticket: 0,
             incarnation: None,

@@ -182,6 +182,15 @@ impl Containerd {
         outcome.map_err(|refused| endpoint.refused_response(refused))
     }
 
+    /// The container's OCI runtime specification, as its record has it.
+    pub async fn specification(&self, container: &ContainerId) -> Result<Vec<u8>, Error> {
+        let (endpoint, namespace) = self.find(container).await?;
+        let record = containers::get(&namespace, &container.id).await;
+        let record = record.map_err(|status| endpoint.refused(&status))?;
+        let specification = record.and_then(|record| record.spec).map(|spec| spec.value);
+        specification.ok_or_else(|| Error::UnknownContainer(container.clone()))
+    }
+
     /// Has the image `name` recorded, in any namespace that has it, and waits for that. A
     /// manifest digest or a chain ID is a name as well. If no image has the name, a container
     /// that was made from it may still have its layers.

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use crate::api;
 use crate::baseline::Recorder;
 use crate::containerd::Containerd;
+use crate::evidence::Keeper;
 use crate::guardian::Heart;
 use crate::health::Failure;
 use crate::history::{Record, Writer};
@@ -46,6 +47,7 @@ pub(super) struct Running {
     /// The guardian's channel and the heart, needed as long as the gate is open.
     pub(super) guarded_by: (Channel, Heart),
     pub(super) containerd: Containerd,
+    pub(super) keeper: Keeper,
     /// The pipeline ends when this is dropped.
     pub(super) stop_sender: Sender<Infallible>,
     pub(super) recorder: Recorder,
@@ -72,6 +74,7 @@ fn stages(running: Running, runtime: &Handle, threads: &Threads) -> Vec<Stage> {
         watch,
         guarded_by,
         containerd,
+        keeper,
         stop_sender,
         recorder,
         writer,
@@ -92,7 +95,13 @@ fn stages(running: Running, runtime: &Handle, threads: &Threads) -> Vec<Stage> {
             }),
             Box::new(nothing),
         ),
-        (Box::new(move |_| containerd.stop_following()), Box::new(nothing)),
+        (
+            Box::new(move |_| {
+                containerd.stop_following();
+                keeper.stop();
+            }),
+            Box::new(nothing),
+        ),
         (Box::new(move |deadline| watchers.drain(deadline)), Box::new(move || drained.left())),
         (
             Box::new(move |deadline| {

@@ -16,7 +16,7 @@ use crate::model::{
     Command, ContainerId, Finding, FindingId, Incarnation, Labels, Outcome, Probe, ProcessIdentity,
     Session, printable,
 };
-use crate::respond::Response;
+use crate::respond::{KeptCase, Response};
 
 const RESPONSE_SCHEMA: &str = "driftd.response/v1";
 const GAP_SCHEMA: &str = "driftd.gap/v1";
@@ -38,6 +38,9 @@ struct ResponseJson {
     pod: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     image: Option<String>,
+    /// The case into which evidence was taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    case: Option<KeptCase>,
     outcome: Outcome,
 }
 
@@ -83,6 +86,7 @@ pub(super) fn text(record: &Record) -> serde_json::Result<String> {
             process: response.process,
             pod: response.pod.clone(),
             image: response.image.clone(),
+            case: response.case,
             outcome: response.outcome.clone(),
         }),
         Record::Gap { name, container, detail, at, until } => serde_json::to_string(&GapJson {
@@ -195,6 +199,7 @@ impl Kept for Response {
             process,
             pod,
             image,
+            case,
             outcome,
         } = serde_json::from_str(text)?;
         Ok(Response {
@@ -203,6 +208,7 @@ impl Kept for Response {
             process,
             pod,
             image,
+            case,
             changed: true,
             container,
             reason,

@@ -365,6 +365,12 @@ impl Verdict {
         self.answers.iter().any(|answer| !answer.dry_run)
     }
 
+    /// Whether evidence is to be taken.
+    pub fn wants_evidence(&self) -> bool {
+        let is_it = |one: &RuleAnswer| one.action == Answer::Evidence && !one.dry_run;
+        self.answers.iter().any(is_it)
+    }
+
     /// Whether an exception expects the finding.
     pub fn is_accept(&self) -> bool {
         self.disposition == Disposition::Accept
@@ -446,6 +452,7 @@ pub enum Disposition {
     /// An exception expects it: it is kept, and left out of listings, streams and responses.
     Accept,
     /// It is reported and answered; this is the strongest of the answers.
+    Evidence,
     Deny,
     KillProcess,
     Pause,
@@ -456,6 +463,7 @@ impl Disposition {
     pub const ALL: &'static [Disposition] = &[
         Disposition::Report,
         Disposition::Accept,
+        Disposition::Evidence,
         Disposition::Deny,
         Disposition::KillProcess,
         Disposition::Pause,
@@ -466,6 +474,7 @@ impl Disposition {
         match self {
             Disposition::Report => "report",
             Disposition::Accept => "accept",
+            Disposition::Evidence => "evidence",
             Disposition::Deny => "deny",
             Disposition::KillProcess => "kill-process",
             Disposition::Pause => "pause",
@@ -478,6 +487,8 @@ impl Disposition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
+    /// Evidence is taken. It changes nothing, and comes before all that does.
+    Evidence,
     /// The program is not executed. What has run nevertheless is killed.
     Deny,
     /// The process that did it is killed.
@@ -490,10 +501,11 @@ pub enum Answer {
 
 impl Answer {
     pub const ALL: &'static [Answer] =
-        &[Answer::Deny, Answer::KillProcess, Answer::Pause, Answer::Kill];
+        &[Answer::Evidence, Answer::Deny, Answer::KillProcess, Answer::Pause, Answer::Kill];
 
     pub fn name(self) -> &'static str {
         match self {
+            Answer::Evidence => "evidence",
             Answer::Deny => "deny",
             Answer::KillProcess => "kill-process",
             Answer::Pause => "pause",
@@ -504,6 +516,7 @@ impl Answer {
     /// The disposition of a finding whose strongest answer this is.
     pub fn disposition(self) -> Disposition {
         match self {
+            Answer::Evidence => Disposition::Evidence,
             Answer::Deny => Disposition::Deny,
             Answer::KillProcess => Disposition::KillProcess,
             Answer::Pause => Disposition::Pause,
@@ -524,7 +537,7 @@ pub struct RuleAnswer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The strongest response that the policy requests: `deny`, `kill-process`, `pause` or
+    /// The strongest response that the policy requests: `evidence`, `deny`, `kill-process`, `pause` or
     /// `kill`; null if it only reports.
     pub action: Option<String>,
     /// The rule that decided: an exception, the one whose response is requested, or the one
@@ -548,9 +561,9 @@ pub struct Verdict {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// `deny`, `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container was started
-    /// again, which is no response of driftd; `stop-answers` if a rule's answers were stopped,
-    /// and `resume-answers`.
+    /// `evidence`, `deny`, `kill-process`, `kill`, `pause` or `resume`; `restart` if a killed container
+    /// was started again, which is no response of driftd; `begin-evidence` before evidence is
+    /// taken; `stop-answers` if a rule's answers were stopped, and `resume-answers`.
     pub action: String,
     pub succeeded: bool,
     /// The container run that the response was for is over: nothing was done.

@@ -36,7 +36,7 @@ pub use finding::{
     RuleAnswer, Severity, Verdict,
 };
 pub use globs::PathGlobs;
-pub use id::{FindingId, ProbeId, SessionId};
+pub use id::{CaseId, FindingId, ProbeId, SessionId};
 pub use observation::{
     Fact, FileFact, LayerFile, LowerTwin, Observation, Script, SessionFact, Source,
 };

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::aggregation::{is_reported_as_executed, transaction_id};
 use super::evidence::{Emission, Evidence, expected, file_evidence, removed_evidence};
 use super::messages::Effect;
-use super::responses::{Actor, Cause};
+use super::responses::{Actor, Cause, path_for};
 use super::state::State;
 use crate::budget;
 use crate::detect::{Assessment, Judgement};
@@ -183,7 +183,8 @@ impl State {
         let Some(finding) = entry.findings.get(&id) else { return };
         effects.push(Effect::finding(finding));
         let (kind, verdict) = (finding.kind, &finding.verdict.clone());
-        let cause = Cause { container, actor, kind, verdict, finding: id };
+        let path = path_for(verdict, finding.file.as_ref().map(|file| &file.path));
+        let cause = Cause { container, actor, kind, verdict, finding: id, path };
         self.respond(&cause, now, effects);
     }
 

@@ -18,6 +18,8 @@
 mod aggregation;
 mod baselines;
 mod breaker;
+mod case_requests;
+mod cases;
 mod commands;
 mod decide;
 mod diffs;

@@ -39,6 +39,8 @@ pub enum ApiRequest {
         reason: String,
         requested_by: String,
         no_restart: bool,
+        /// For evidence: the values of environment variables are kept, too.
+        environment: bool,
         reply: oneshot::Sender<Result<Response, LookupError>>,
     },
     /// Lets the answers of a rule, or of all rules, be carried out again. The reply names those

@@ -13,12 +13,13 @@ use super::state::{ResponseReply, State, successful_kill};
 use crate::history::Record;
 use crate::inventory::{Answering, Entry, Killed};
 use crate::model::{
-    Answer, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, RuleAnswer,
-    Verdict,
+    Answer, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, RootfsPath,
+    RuleAnswer, Verdict,
 };
 use crate::policy::KILL_ON;
 use crate::respond::{
-    Action, RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS, TOO_MANY,
+    Action, BEGIN_EVIDENCE, RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS,
+    TOO_MANY,
 };
 
 /// The pauses before a failed response is tried again: each is twice as long as the last one.
@@ -57,6 +58,13 @@ pub(super) struct Cause<'a> {
     pub(super) kind: Kind,
     pub(super) verdict: &'a Verdict,
     pub(super) finding: FindingId,
+    /// The file that it is about, if evidence is to be taken.
+    pub(super) path: Option<RootfsPath>,
+}
+
+/// The file of a finding, if evidence of it is to be taken.
+pub(super) fn path_for(verdict: &Verdict, path: Option<&RootfsPath>) -> Option<RootfsPath> {
+    path.filter(|_| verdict.wants_evidence()).cloned()
 }
 
 impl State {
@@ -64,10 +72,12 @@ impl State {
     /// kept.
     pub(super) fn respond(&mut self, cause: &Cause<'_>, now: Timestamp, effects: &mut Vec<Effect>) {
         for answer in cause.verdict.answers.iter().filter(|answer| !answer.dry_run) {
-            if answer.action == Answer::Deny && cause.actor.is_denied {
-                self.record_denial(cause, &answer.rule, now, effects);
-            } else {
-                self.answer(cause, answer, now, effects);
+            match answer.action {
+                Answer::Evidence => self.take_evidence(cause, answer, now, effects),
+                Answer::Deny if cause.actor.is_denied => {
+                    self.record_denial(cause, &answer.rule, now, effects);
+                }
+                _ => self.answer(cause, answer, now, effects),
             }
         }
     }
@@ -185,6 +195,7 @@ impl State {
                 restarter: None,
                 at: now,
             },
+            case: None,
         };
         self.count_process_kill(&mut response);
         let outcome = response.outcome.clone();
@@ -283,8 +294,11 @@ impl State {
                         breaker.resume(Some(rule));
                     }
                 }
-                // A denial ends nothing.
-                action if outcome.succeeded && action != Answer::Deny.name() => {
+                // These change nothing, or end nothing.
+                action
+                    if [Answer::Evidence.name(), Answer::Deny.name(), BEGIN_EVIDENCE]
+                        .contains(&action) => {}
+                action if outcome.succeeded => {
                     let Some(rule) = rule_of(&requested_by) else { continue };
                     let is_init = |process: ProcessIdentity| {
                         incarnation.is_some_and(|run| run.pid == process.pid)
@@ -322,6 +336,7 @@ impl State {
             requested_at: now,
             finding: Some(answering.finding),
             no_restart: answering.action == Answer::Kill && self.policy.stop_restarts,
+            evidence: None,
         }
     }
 
@@ -439,6 +454,7 @@ impl State {
             process: None,
             pod: None,
             image: None,
+            case: None,
             changed: true,
             reason: format!("pid {} was killed", before.pid),
             requested_by: by,
@@ -566,7 +582,7 @@ fn asked_in(
 }
 
 /// The pod of a container, as `NAMESPACE/NAME`, and its image.
-fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
+pub(super) fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
     let known = entry.container.as_ref();
     let pod = known.and_then(|known| known.pod.as_ref());
     let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
@@ -574,7 +590,7 @@ fn workload_of(entry: &Entry) -> (Option<String>, Option<String>) {
 }
 
 /// How the history names a rule that has requested a response.
-fn requested_by(rule: &str) -> String {
+pub(super) fn requested_by(rule: &str) -> String {
     if rule == KILL_ON { format!("setting {rule}") } else { format!("rule {rule}") }
 }
 
@@ -599,6 +615,7 @@ fn about_rule(
         process: None,
         pod: None,
         image: None,
+        case: None,
         changed: true,
         reason: reason.to_owned(),
         requested_by,

@@ -4,16 +4,17 @@
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
+use super::case_requests::Wanted;
 use super::diffs::PendingDiff;
 use super::messages::Effect;
 use super::requests::{ApiRequest, Diff, LookupError};
-use super::responses::is_same_run;
+use super::responses::{Actor, is_same_run};
 use super::state::State;
 use super::status::view;
 use crate::inventory::{BaselineState, WatchState};
-use crate::model::{ContainerId, Incarnation, OverlayDirs, RootfsPath, printable};
+use crate::model::{ContainerId, FindingId, Incarnation, OverlayDirs, RootfsPath, printable};
 use crate::policy::Policy;
-use crate::respond::ResponseRequest;
+use crate::respond::{Action, Order, ResponseRequest};
 use crate::watch::SensorCommand;
 
 /// How many containers are named to a client that may have meant one of them.
@@ -70,6 +71,7 @@ impl State {
                 reason,
                 requested_by,
                 no_restart,
+                environment,
                 reply,
             } => {
                 let cause = cause.map(|cause| *cause);
@@ -78,6 +80,12 @@ impl State {
                         let _ = reply.send(Err(err));
                     }
                     Ok((container, incarnation)) => {
+                        let finding = cause.map(|(finding, _)| finding);
+                        let evidence = (action == Action::Evidence)
+                            .then(|| {
+                                self.evidence(&container, incarnation, finding, environment, now)
+                            })
+                            .flatten();
                         let request = ResponseRequest {
                             ticket: self.ticket(),
                             container,
@@ -89,14 +97,40 @@ impl State {
                             reason,
                             requested_by,
                             requested_at: now,
-                            finding: cause.map(|(finding, _)| finding),
+                            finding,
                             no_restart,
+                            evidence,
                         };
                         self.request_response(request, Some(reply), effects);
                     }
                 }
             }
         }
+    }
+
+    /// What is known of a container of which a user takes evidence.
+    fn evidence(
+        &self,
+        container: &ContainerId,
+        run: Option<Incarnation>,
+        finding: Option<FindingId>,
+        environment: bool,
+        now: Timestamp,
+    ) -> Option<Box<Order>> {
+        let entry = self.inventory.get(container)?;
+        let known = finding.and_then(|finding| entry.findings.get(&finding));
+        let process = known.and_then(|known| known.process.as_ref());
+        let process = process.map(|process| process.identity);
+        let wanted = Wanted {
+            run,
+            finding,
+            kind: known.map(|known| known.kind),
+            actor: Actor { process, ..Actor::default() },
+            path: known.and_then(|known| known.file.as_ref()).map(|file| file.path.clone()),
+            by_rule: false,
+            environment,
+        };
+        wanted.order(entry, container, now).map(Box::new)
     }
 
     /// Lets the sensors compare a container. The reply is sent when they have ended.

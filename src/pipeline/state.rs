@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::aggregation::Unpublished;
 use super::breaker::Breaker;
+use super::cases::Cases;
 use super::diffs::PendingDiff;
 use super::endpoints::Endpoints;
 use super::gaps::{Gap, Gaps, Until};
@@ -57,6 +58,7 @@ pub(super) struct Responses {
     /// Kills of processes that are recorded together.
     pub(super) processes: HashMap<process_kills::Key, ProcessKills>,
     pub(super) breaker: Breaker,
+    pub(super) cases: Cases,
 }
 
 /// Sends the outcome of a response to the client that has requested it.

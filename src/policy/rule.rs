@@ -103,6 +103,7 @@ impl Rule {
             Some(value) => end(&value)?,
         };
         let answers = answer.into_iter().map(|answer| match answer {
+            AnswerText::Evidence => Answer::Evidence,
             AnswerText::Deny => Answer::Deny,
             AnswerText::KillProcess => Answer::KillProcess,
             AnswerText::Pause => Answer::Pause,

@@ -72,6 +72,9 @@ pub(super) enum EffectText {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum AnswerText {
+    /// It takes evidence: files, processes and what is known of them. With other answers, this
+    /// comes first.
+    Evidence,
     /// The program is not executed. What has run nevertheless is killed.
     Deny,
     /// It kills the process that did it.

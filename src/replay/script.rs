@@ -439,7 +439,8 @@ impl<'a> Words<'a> {
     }
 
     fn response(&mut self) -> Result<Action, String> {
-        let all = [Action::KillProcess, Action::Kill, Action::Pause, Action::Resume];
+        let all =
+            [Action::Evidence, Action::KillProcess, Action::Kill, Action::Pause, Action::Resume];
         one_of(self.word("a response")?, &all, Action::name)
     }
 

@@ -507,33 +507,30 @@ pub fn find_on_one_mount(root: &OwnedFd, path: &[u8], _: Local) -> io::Result<He
 /// Looks up a path as a process with this root would. A relative path begins at `base`, or
 /// at the root without one. Symlinks are followed within the root and never lead out of it.
 pub fn walk(root: OwnedFd, base: Option<Base>, path: &[u8], view: &View) -> io::Result<Way> {
-    let mut look_up = LookUp {
-        view,
-        root: Held::new(root)?,
-        below: Vec::new(),
-        base: None,
-        left: Vec::new(),
-        links: 0,
-    };
+    let mut look_up = LookUp::new(root, view)?;
     if !path.starts_with(b"/")
         && let Some(base) = base
     {
         look_up.base = Some((Held::new(base.fd)?, base.path));
     }
     look_up.push(path);
-    for _ in 0..MOST_NAMES {
-        if !look_up.may_ask() {
-            return Ok(look_up.stop());
-        }
-        let Some(name) = look_up.left.pop() else { return Ok(look_up.end()) };
-        look_up.step(name)?;
-    }
-    Err(Errno::LOOP.into())
+    look_up.run()
+}
+
+/// The same, and no symlink is followed: one at the end of the path is found itself, and a path
+/// through one leads nowhere.
+pub fn walk_exactly(root: OwnedFd, path: &[u8], view: &View) -> io::Result<Way> {
+    let mut look_up = LookUp::new(root, view)?;
+    look_up.follows = false;
+    look_up.push(path);
+    look_up.run()
 }
 
 /// A look-up in progress.
 struct LookUp<'a> {
     view: &'a View,
+    /// Whether symlinks are followed.
+    follows: bool,
     root: Held,
     /// The way from the base, or from the root without one.
     below: Vec<(Held, Vec<u8>)>,
@@ -543,7 +540,30 @@ struct LookUp<'a> {
     links: u32,
 }
 
-impl LookUp<'_> {
+impl<'a> LookUp<'a> {
+    fn new(root: OwnedFd, view: &'a View) -> io::Result<LookUp<'a>> {
+        Ok(LookUp {
+            view,
+            follows: true,
+            root: Held::new(root)?,
+            below: Vec::new(),
+            base: None,
+            left: Vec::new(),
+            links: 0,
+        })
+    }
+
+    fn run(mut self) -> io::Result<Way> {
+        for _ in 0..MOST_NAMES {
+            if !self.may_ask() {
+                return Ok(self.stop());
+            }
+            let Some(name) = self.left.pop() else { return Ok(self.end()) };
+            self.step(name)?;
+        }
+        Err(Errno::LOOP.into())
+    }
+
     fn here(&self) -> &Held {
         let base = self.base.as_ref().map_or(&self.root, |(base, _)| base);
         self.below.last().map_or(base, |(held, _)| held)
@@ -606,7 +626,7 @@ impl LookUp<'_> {
             return Ok(());
         }
         let held = self.open(&name)?;
-        if held.stat.file_type != FileType::Symlink {
+        if held.stat.file_type != FileType::Symlink || !self.follows {
             self.below.push((held, name));
             return Ok(());
         }
@@ -766,6 +786,28 @@ mod tests {
         assert_eq!(found.stat, file::stat_path(at("real")).unwrap());
         let read = reopen(found.fd.as_fd(), local).unwrap();
         assert_eq!(file::sniff(read.as_fd()).unwrap(), crate::model::Format::Data);
+    }
+
+    #[test]
+    fn an_exact_look_up_follows_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a")).unwrap();
+        std::fs::write(dir.path().join("a/real"), "x").unwrap();
+        symlink("/etc/passwd", dir.path().join("a/link")).unwrap();
+        symlink("a", dir.path().join("dir")).unwrap();
+        let find = |path: &str| {
+            let root = file::open_directory(dir.path()).unwrap();
+            match walk_exactly(root, path.as_bytes(), &View::of([])) {
+                Ok(Way::Found(held)) => format!("{:?}", held.stat.file_type),
+                Ok(other) => format!("{other:?}"),
+                Err(err) => err.raw_os_error().unwrap().to_string(),
+            }
+        };
+        assert_eq!(find("/a/real"), "Regular");
+        assert_eq!(find("/a/link"), "Symlink");
+        assert_eq!(find("/dir/real"), libc::ENOTDIR.to_string());
+        assert_eq!(find("/a/link/x"), libc::ENOTDIR.to_string());
+        assert_eq!(find("/a/none"), libc::ENOENT.to_string());
     }
 
     #[test]

@@ -190,6 +190,30 @@ pub fn open_file_beneath(directory: impl AsFd, path: &[u8]) -> io::Result<(Owned
     Ok((fd, stat))
 }
 
+/// The names in an open directory, without `.` and `..`.
+pub fn names_in(directory: OwnedFd) -> io::Result<impl Iterator<Item = io::Result<Vec<u8>>>> {
+    let entries = rustix::fs::Dir::new(directory)?;
+    let names = entries.map(|entry| Ok(entry?.file_name().to_bytes().to_vec()));
+    Ok(names.filter(|name| !name.as_ref().is_ok_and(|name| matches!(&name[..], b"." | b".."))))
+}
+
+/// The text of a symlink that was opened as O_PATH. Only for a filesystem for which the kernel
+/// answers by itself.
+pub fn link_target(link: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    Ok(rustix::fs::readlinkat(link, c"", Vec::new())?.into_bytes())
+}
+
+/// How many bytes the filesystem of a directory of the host has left for root.
+pub fn free_bytes(directory: &std::path::Path) -> io::Result<u64> {
+    let found = rustix::fs::statvfs(directory)?;
+    Ok(found.f_bfree.saturating_mul(found.f_frsize))
+}
+
+/// Writes everything of the filesystem of an open file to its disk.
+pub fn sync_filesystem(file: impl AsFd) -> io::Result<()> {
+    Ok(rustix::fs::syncfs(file)?)
+}
+
 /// The device of memfds. All of them have the same.
 pub fn memfd_device() -> io::Result<u64> {
     let memfd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC)?;

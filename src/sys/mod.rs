@@ -14,6 +14,7 @@ pub mod connector;
 pub mod counters;
 pub mod door;
 pub mod errand;
+pub mod extents;
 pub mod fanotify;
 pub mod file;
 pub mod freezer;

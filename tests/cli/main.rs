@@ -6,6 +6,7 @@ mod archives;
 mod baselines;
 mod command_line;
 mod containers;
+mod evidence;
 #[path = "../node/executable.rs"]
 mod executable;
 mod exports;

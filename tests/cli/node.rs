@@ -25,7 +25,7 @@ use driftd::pipeline::{
 };
 use driftd::policy::{self, Policy, PolicyFile};
 use driftd::respond::{Action, Response};
-use driftd::{api, baseline, model};
+use driftd::{api, baseline, evidence, model};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
@@ -102,6 +102,13 @@ impl Node {
         let baselines = dir.path().join("state/baselines");
         let baselines = Arc::new(baseline::Store::open(&baselines, health.clone()).unwrap());
         fill(&baselines);
+        let evidence = evidence::Store::open(
+            dir.path().join("state/evidence"),
+            &driftd::config::Evidence::default(),
+            "node-1",
+            &health,
+        );
+        let evidence = Arc::new(evidence);
         let (news, _) = crossbeam_channel::bounded(16);
         let (policy_reloads, mut reloads) = tokio::sync::mpsc::channel::<PolicyReload>(1);
         let backend = Backend {
@@ -120,6 +127,7 @@ impl Node {
             images: Arc::new(Script(baselines.clone())),
             baselines,
             policy_reloads,
+            evidence,
         };
         let listener = Listener::bind(&dir.path().join("run/driftd.sock")).unwrap();
         let (shutdown, until) = oneshot::channel::<()>();
@@ -346,6 +354,7 @@ fn resumed() -> Response {
         process: None,
         pod: None,
         image: None,
+        case: None,
         changed: true,
         outcome: Outcome {
             action: "resume-answers".into(),
@@ -428,6 +437,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
             reason,
             requested_by,
             no_restart,
+            environment: _,
             reply,
         } => {
             let _ = reply.send(lookup(&container).map(|container| {
@@ -437,6 +447,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
                     process: process.map(|process| *process),
                     pod: None,
                     image: None,
+                    case: None,
                     changed: true,
                     outcome: Outcome {
                         action: action.name().into(),

@@ -20,6 +20,7 @@ mod docker;
 mod door;
 mod drift;
 mod edges;
+mod evidence;
 mod executable;
 mod fair;
 mod fileless;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
     tear_down_when_interrupted();
     let tests = [
         drift::tests(),
+        evidence::tests(),
         fair::tests(),
         fileless::tests(),
         ordinary::tests(),

@@ -104,6 +104,7 @@ pub(crate) fn response(action: &str, at: Timestamp, succeeded: bool, message: &s
         requested_by: "rule curl".into(),
         requested_at: at,
         finding: None,
+        case: None,
         outcome: Outcome {
             action: action.into(),
             succeeded,

@@ -5,6 +5,7 @@
 
 mod container;
 mod diff;
+mod evidence;
 mod file;
 mod finding;
 mod gap;
@@ -21,6 +22,7 @@ mod value;
 
 pub use container::{container_to_proto, image_from_proto, pod_from_proto};
 pub use diff::{diff_to_proto, diff_to_protos, difference_from_proto, difference_to_proto};
+pub(super) use evidence::{evidence_case_to_proto, evidence_status_to_proto};
 pub use file::file_type_name;
 pub use finding::{
     also_in_from_proto, also_in_to_proto, finding_from_proto, finding_text_to_proto,
@@ -32,8 +34,8 @@ pub use policy::{
     policy_file_from_proto, policy_file_to_proto, policy_status_to_proto, rule_to_proto,
 };
 pub use response::{
-    action_from_proto, action_to_proto, outcome_from_proto, outcome_to_proto, response_from_proto,
-    response_to_proto, stopped_rule_to_proto,
+    action_from_proto, action_to_proto, case_from_proto, case_to_proto, outcome_from_proto,
+    outcome_to_proto, response_from_proto, response_to_proto, stopped_rule_to_proto,
 };
 pub use session::{
     command_from_proto, command_to_proto, probe_from_proto, probe_to_proto, session_from_proto,

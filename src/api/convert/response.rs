@@ -9,10 +9,11 @@ use super::value::{Malformed, missing, parsed, time_from_proto, time_to_proto};
 use crate::api::proto;
 use crate::model::{ContainerId, Outcome, Restarter};
 use crate::pipeline::StoppedRule;
-use crate::respond::{Action, Response};
+use crate::respond::{Action, KeptCase, Response};
 
 pub fn action_to_proto(action: Action) -> proto::Action {
     match action {
+        Action::Evidence => proto::Action::Evidence,
         Action::KillProcess => proto::Action::KillProcess,
         Action::Kill => proto::Action::Kill,
         Action::Pause => proto::Action::Pause,
@@ -23,6 +24,7 @@ pub fn action_to_proto(action: Action) -> proto::Action {
 pub fn action_from_proto(action: proto::Action) -> Option<Action> {
     match action {
         proto::Action::Unspecified => None,
+        proto::Action::Evidence => Some(Action::Evidence),
         proto::Action::KillProcess => Some(Action::KillProcess),
         proto::Action::Kill => Some(Action::Kill),
         proto::Action::Pause => Some(Action::Pause),
@@ -74,7 +76,20 @@ pub fn response_to_proto(response: Response) -> proto::Response {
         container: response.container.id.to_string(),
         incarnation: response.incarnation.map(incarnation_to_proto),
         process: response.process.map(identity_to_proto),
+        case: response.case.map(case_to_proto),
     }
+}
+
+/// The case into which evidence was taken.
+pub fn case_to_proto(KeptCase { id, digest }: KeptCase) -> proto::KeptCase {
+    proto::KeptCase { id: id.to_string(), digest: digest.to_string() }
+}
+
+pub fn case_from_proto(case: proto::KeptCase) -> Result<KeptCase, Malformed> {
+    let proto::KeptCase { id, digest } = case;
+    let id = parsed("case.id", Some(id))?.ok_or_else(|| missing("case.id"))?;
+    let digest = parsed("case.digest", Some(digest))?.ok_or_else(|| missing("case.digest"))?;
+    Ok(KeptCase { id, digest })
 }
 
 /// A rule whose answers are stopped.
@@ -98,6 +113,7 @@ pub fn response_from_proto(response: proto::Response) -> Result<Response, Malfor
         pod: None,
         image: None,
         changed: true,
+        case: response.case.map(case_from_proto).transpose()?,
         container: ContainerId::new(&response.namespace, &response.container),
         reason: response.reason,
         requested_by: response.requested_by,

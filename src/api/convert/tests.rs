@@ -263,6 +263,7 @@ fn every_entry_of_a_timeline_survives_the_wire() {
             process: None,
             pod: None,
             image: None,
+            case: None,
             changed: true,
             ticket: 0,
             incarnation,

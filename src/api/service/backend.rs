@@ -14,6 +14,7 @@ use crate::api::baselines::RecordImage;
 use crate::api::failure::{history_failed, lookup_failed, stopping, unblock};
 use crate::api::follow::Followers;
 use crate::baseline;
+use crate::evidence;
 use crate::health::Health;
 use crate::history;
 use crate::pipeline::{ApiRequest, LookupError};
@@ -39,6 +40,7 @@ pub struct Backend {
     pub images: Arc<dyn RecordImage>,
     /// Requests to read the policy files again.
     pub policy_reloads: mpsc::Sender<PolicyReload>,
+    pub evidence: Arc<evidence::Store>,
 }
 
 /// The client that waits until the policy files were read again.

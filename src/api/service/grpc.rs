@@ -210,9 +210,88 @@ impl DriftService for Service {
         let client = client_of(&request)?;
         self.resume_answers(request.into_inner(), client).await.map(Response::new)
     }
+
+    async fn take_evidence(
+        &self,
+        request: Request<proto::TakeEvidenceRequest>,
+    ) -> Reply<proto::TakeEvidenceResponse> {
+        let client = client_of(&request)?;
+        if request.get_ref().environment {
+            check_root(&request, "may keep the values of environment variables")?;
+        }
+        self.take_evidence(request.into_inner(), client).await.map(Response::new)
+    }
+
+    async fn list_evidence(
+        &self,
+        _: Request<proto::ListEvidenceRequest>,
+    ) -> Reply<proto::ListEvidenceResponse> {
+        self.list_evidence().map(Response::new)
+    }
+
+    async fn get_evidence(
+        &self,
+        request: Request<proto::GetEvidenceRequest>,
+    ) -> Reply<proto::GetEvidenceResponse> {
+        self.get_evidence(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn verify_evidence(
+        &self,
+        request: Request<proto::VerifyEvidenceRequest>,
+    ) -> Reply<proto::VerifyEvidenceResponse> {
+        self.verify_evidence(request.into_inner()).await.map(Response::new)
+    }
+
+    type ExportEvidenceStream = Stream<proto::ExportEvidenceResponse>;
+
+    async fn export_evidence(
+        &self,
+        request: Request<proto::ExportEvidenceRequest>,
+    ) -> Reply<Self::ExportEvidenceStream> {
+        check_root(&request, "may export a case: it holds secrets")?;
+        self.export_evidence(&request.into_inner()).map(Response::new)
+    }
+
+    async fn remove_evidence(
+        &self,
+        request: Request<proto::RemoveEvidenceRequest>,
+    ) -> Reply<proto::RemoveEvidenceResponse> {
+        check_root(&request, "may remove a case")?;
+        let client = client_of(&request)?;
+        self.remove_evidence(request.into_inner(), &client).await.map(Response::new)
+    }
+}
+
+/// What the group may not do, because it would learn or destroy more than findings.
+fn check_root<T>(request: &Request<T>, what: &str) -> Result<(), Status> {
+    if request.extensions().get::<Peer>().is_some_and(Peer::is_root) {
+        return Ok(());
+    }
+    Err(Status::permission_denied(format!("only root {what} (try: sudo)")))
 }
 
 fn client_of<T>(request: &Request<T>) -> Result<String, Status> {
     let client = request.extensions().get::<Peer>().map(ToString::to_string);
     client.ok_or_else(|| Status::permission_denied("the client is not known"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_content_of_a_case_is_for_root_and_not_for_the_group() {
+        let check = |peer: Option<Peer>| {
+            let mut request = Request::new(());
+            if let Some(peer) = peer {
+                request.extensions_mut().insert(peer);
+            }
+            check_root(&request, "may export a case").map_err(|status| status.code())
+        };
+        assert_eq!(check(Some(Peer::of(0))), Ok(()));
+        for peer in [Some(Peer::of(1000)), None] {
+            assert_eq!(check(peer), Err(tonic::Code::PermissionDenied));
+        }
+    }
 }

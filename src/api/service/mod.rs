@@ -6,6 +6,7 @@
 mod backend;
 mod baselines;
 mod containers;
+mod evidence;
 mod findings;
 mod grpc;
 mod paging;

@@ -44,6 +44,9 @@ impl Service {
         let action = convert::action_from_proto(request.action()).ok_or_else(|| {
             Status::invalid_argument("the action is missing: kill-process, kill, pause or resume")
         })?;
+        if action == respond::Action::Evidence {
+            return Err(Status::invalid_argument("evidence is taken by TakeEvidence"));
+        }
         let reason = checked_reason(&request.reason)?;
         let no_restart = request.no_restart;
         if no_restart && action != respond::Action::Kill {
@@ -80,6 +83,7 @@ impl Service {
                 reason,
                 requested_by,
                 no_restart,
+                environment: false,
                 reply,
             })
             .await?;
@@ -89,6 +93,34 @@ impl Service {
             container: response.container.id.to_string(),
             outcome: Some(convert::outcome_to_proto(response.outcome)),
         })
+    }
+
+    /// Takes evidence for a user.
+    pub(super) async fn take_for(
+        &self,
+        container: String,
+        finding: String,
+        reason: &str,
+        requested_by: String,
+        environment: bool,
+    ) -> Result<respond::Response, Status> {
+        let reason = checked_reason(reason)?;
+        let Target { container, cause, .. } = self.target(container, finding).await?;
+        let response = self
+            .ask_for(|reply| ApiRequest::Respond {
+                container,
+                cause,
+                process: None,
+                action: respond::Action::Evidence,
+                reason,
+                requested_by,
+                no_restart: false,
+                environment,
+                reply,
+            })
+            .await?;
+        self.wait_until_recorded(&response).await?;
+        Ok(response)
     }
 
     /// The container of a response: the one that the request names, or the one in which the

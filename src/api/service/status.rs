@@ -49,6 +49,7 @@ impl Service {
         let counter = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         Ok(proto::GetStatusResponse {
             policy,
+            evidence: Some(convert::evidence_status_to_proto(backend.evidence.usage())),
             version: env!("CARGO_PKG_VERSION").into(),
             node: backend.node.clone(),
             started_at: Some(convert::time_to_proto(status.started_at)),

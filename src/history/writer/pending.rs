@@ -301,6 +301,7 @@ mod tests {
                 process: None,
                 pod: None,
                 image: None,
+                case: None,
                 changed: true,
                 ticket: 0,
                 container: ContainerId::new("default", "web"),

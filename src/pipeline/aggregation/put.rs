@@ -19,7 +19,7 @@ use crate::model::{
 use crate::pipeline::evidence::Emission;
 use crate::pipeline::findings::{new_finding, set_container};
 use crate::pipeline::messages::Effect;
-use crate::pipeline::responses::{Actor, Cause};
+use crate::pipeline::responses::{Actor, Cause, path_for};
 use crate::pipeline::state::State;
 
 /// The aggregated finding that a file goes into.
@@ -97,7 +97,8 @@ impl State {
             let kind = finding.kind;
             self.unpublished.push(container, id, None, now);
             let (actor, verdict) = (Actor::of(emission), emission.verdict);
-            let cause = Cause { container, actor, kind, verdict, finding: id };
+            let path = path_for(verdict, evidence.path);
+            let cause = Cause { container, actor, kind, verdict, finding: id, path };
             self.respond(&cause, now, effects);
         }
     }
@@ -154,7 +155,8 @@ impl State {
         // At once, not when the finding is published: the run may have ended by then.
         if is_new || observation.source != Source::Scan {
             let (actor, kind) = (Actor::of(emission), target.kind());
-            let cause = Cause { container, actor, kind, verdict, finding: id };
+            let path = path_for(verdict, evidence.path);
+            let cause = Cause { container, actor, kind, verdict, finding: id, path };
             self.respond(&cause, now, effects);
         }
     }
@@ -378,7 +380,8 @@ impl State {
             self.publish_aggregate(container, id, effects);
         }
         let (kind, verdict) = (finding.kind, &finding.verdict);
-        let cause = Cause { container, actor, kind, verdict, finding: id };
+        let path = path_for(verdict, finding.file.as_ref().map(|file| &file.path));
+        let cause = Cause { container, actor, kind, verdict, finding: id, path };
         self.respond(&cause, now, effects);
         id
     }

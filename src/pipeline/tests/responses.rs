@@ -301,7 +301,8 @@ fn a_response_needs_no_finding_that_is_kept() {
     let answer = model::RuleAnswer { action: model::Answer::Kill, rule, dry_run: false };
     let verdict = model::Verdict { answers: vec![answer], ..node.state.policy.report() };
     let actor = Actor { init: Some(init(7)), ..Actor::default() };
-    let cause = Cause { container: &container, actor, kind, verdict: &verdict, finding };
+    let cause =
+        Cause { container: &container, actor, kind, verdict: &verdict, finding, path: None };
     node.state.respond(&cause, Timestamp::UNIX_EPOCH, &mut effects);
     let [Effect::Respond(request)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((request.finding, request.incarnation.unwrap().pid), (Some(finding), 7));
@@ -324,6 +325,7 @@ impl Node {
             reason: "a test".into(),
             requested_by: "uid 0".into(),
             no_restart: false,
+            environment: false,
             reply,
         }));
         replied
@@ -654,4 +656,50 @@ fn dry_run_names_every_answer_and_carries_out_none() {
         verdict.answers.iter().map(|one| (one.action.name(), one.dry_run)).collect();
     assert_eq!(answers, [("kill-process", true), ("kill", true)]);
     assert_eq!((verdict.disposition.name(), verdict.dry_run), ("report", true));
+}
+
+#[test]
+fn evidence_comes_first_once_for_a_run_and_finding_and_is_recorded_before_and_after() {
+    let mut node = answering(&rule("e", "\"kill\", \"evidence\"", "kind = [\"exec.*\"]"));
+    node.play("exec c1 /tmp/x evil");
+    let [evidence, kill] = &node.requests[..] else { panic!("{:?}", node.requests) };
+    assert_eq!((evidence.action, kill.action), (Action::Evidence, Action::Kill));
+    let order = evidence.evidence.as_deref().unwrap();
+    assert_eq!(order.path.as_ref().map(ToString::to_string).as_deref(), Some("/tmp/x"));
+    assert!(order.by_rule && !order.environment && order.process.is_some());
+    assert_eq!(evidence.finding, kill.finding);
+    let begun = node.responses.last().unwrap();
+    assert_eq!(begun.outcome.action, "begin-evidence");
+    assert!(begun.outcome.message.contains(&order.case.to_string()), "{begun:?}");
+    // Seen again at once: the case has it.
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(node.requests.len(), 2);
+    // Failed evidence is no reason to try it again, nor to hold back the kill.
+    let failed = node.requests[0].failed("the store is full".into());
+    node.give(Input::Response(failed));
+    node.wait(3600);
+    let again = node.requests.iter().filter(|one| one.action == Action::Evidence).count();
+    assert_eq!(again, 1);
+    assert_eq!(node.responses.last().unwrap().outcome.message, "the store is full");
+}
+
+#[test]
+fn evidence_changes_nothing_so_a_stopped_rule_takes_it_and_it_counts_for_no_limit() {
+    let mut node = answering(&rule("e", "\"evidence\", \"kill\"", "kind = [\"exec.*\"]"));
+    for container in ["c1", "c2", "c3", "c4", "c5"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+    }
+    let asked = asked(&mut node);
+    let of = |action: &str| asked.iter().filter(|one| one.starts_with(action)).count();
+    assert_eq!((of("evidence"), of("kill")), (5, 3), "{asked:?}");
+    // One workload that is attacked again and again has a few cases in a while.
+    for number in 0..20 {
+        node.play(&format!("exec c1 /tmp/y{number} evil{number}"));
+    }
+    let of_c1 = node.requests.iter().filter(|one| one.action == Action::Evidence).count();
+    assert_eq!(of_c1, 3, "and one before");
+    let refused = node.responses.iter().filter(|one| !one.outcome.succeeded);
+    let refused: Vec<_> = refused.filter(|one| one.outcome.action == "evidence").collect();
+    assert_eq!(refused.len(), 1, "recorded once: {refused:#?}");
+    assert!(refused[0].outcome.message.contains("4 cases of container default/c1"));
 }

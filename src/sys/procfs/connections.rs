@@ -32,13 +32,83 @@ impl Handle {
     }
 }
 
+/// What the kernel's tables show of a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketEntry {
+    /// `tcp`, `tcp6`, `udp`, `udp6` or `unix`.
+    pub family: &'static str,
+    /// Address and port; of a Unix socket, its name, as bytes.
+    pub local: Vec<u8>,
+    pub remote: Option<String>,
+    pub listens: bool,
+}
+
+impl Handle {
+    /// The sockets in its network namespace, by their inodes: of TCP, UDP, and of Unix.
+    pub fn sockets(&self) -> HashMap<u64, SocketEntry> {
+        let mut all = HashMap::new();
+        for family in ["tcp", "tcp6", "udp", "udp6"] {
+            let Ok(table) = self.read(&format!("net/{family}"), MAX_TABLE_BYTES) else { continue };
+            all.extend(parse_sockets(&table).into_iter().map(|socket| {
+                let local = socket.local.to_string().into_bytes();
+                let remote = socket.remote.map(|remote| remote.to_string());
+                (socket.inode, SocketEntry { family, local, remote, listens: socket.listens })
+            }));
+        }
+        if let Ok(table) = self.read("net/unix", MAX_TABLE_BYTES) {
+            all.extend(parse_unix(&table));
+        }
+        all
+    }
+}
+
+/// The lines of `/proc/PID/net/unix`. A name can have any bytes but a line break, which the
+/// kernel does not escape: what follows it is no line of this form.
+fn parse_unix(table: &[u8]) -> Vec<(u64, SocketEntry)> {
+    /// `__SO_ACCEPTCON`.
+    const LISTENS: u32 = 0x10000;
+    let parsed = table.split(|&byte| byte == b'\n').skip(1).filter_map(|line| {
+        // Num RefCount Protocol Flags Type St Inode Path
+        let mut fields = line.splitn(8, |&byte| byte == b' ').skip(3);
+        let mut text = || str::from_utf8(fields.next()?).ok();
+        let flags = u32::from_str_radix(text()?, 16).ok()?;
+        let (_kind, _state) = (text()?, text()?);
+        // The inode is padded to the right of its column.
+        let rest = line.splitn(7, |&byte| byte == b' ').nth(6)?.trim_ascii_start();
+        let end = rest.iter().position(|&byte| byte == b' ').unwrap_or(rest.len());
+        let inode = str::from_utf8(&rest[..end]).ok()?.parse().ok()?;
+        let local = rest.get(end + 1..).unwrap_or_default().to_vec();
+        let listens = flags & LISTENS != 0;
+        Some((inode, SocketEntry { family: "unix", local, remote: None, listens }))
+    });
+    parsed.collect()
+}
+
 /// A line of `/proc/PID/net/tcp` and the like.
 #[derive(Debug, PartialEq, Eq)]
 struct Socket {
     inode: u64,
+    local: SocketAddr,
     port: u16,
     listens: bool,
     remote: Option<SocketAddr>,
+}
+
+/// An address and a port as these tables write them.
+fn parse_address(text: &str) -> Option<SocketAddr> {
+    let (address, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let words: Option<Vec<u32>> = (0..address.len() / 8)
+        .map(|word| u32::from_str_radix(address.get(word * 8..word * 8 + 8)?, 16).ok())
+        .collect();
+    // The address is in network order; each word of it is printed in the machine's order.
+    let bytes: Vec<u8> = words?.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let address: IpAddr = match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok()?.into(),
+        16 => <[u8; 16]>::try_from(bytes).ok()?.into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(address.to_canonical(), port))
 }
 
 fn parse_sockets(table: &[u8]) -> Vec<Socket> {
@@ -48,25 +118,14 @@ fn parse_sockets(table: &[u8]) -> Vec<Socket> {
     let parsed = lines.filter_map(|line| {
         let fields: Vec<&str> = str::from_utf8(line).ok()?.split_ascii_whitespace().collect();
         // sl local remote st queues timer retransmits uid timeout inode
-        let (_, own) = fields.get(1)?.split_once(':')?;
-        let (address, port) = fields.get(2)?.split_once(':')?;
-        let port = u16::from_str_radix(port, 16).ok()?;
+        let (local, remote) = (parse_address(fields.get(1)?)?, parse_address(fields.get(2)?)?);
         let inode = fields.get(9)?.parse().ok().filter(|inode| *inode != 0)?;
-        let words: Option<Vec<u32>> = (0..address.len() / 8)
-            .map(|word| u32::from_str_radix(address.get(word * 8..word * 8 + 8)?, 16).ok())
-            .collect();
-        // The address is in network order; each word of it is printed in the machine's order.
-        let bytes: Vec<u8> = words?.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        let address: IpAddr = match bytes.len() {
-            4 => <[u8; 4]>::try_from(bytes).ok()?.into(),
-            16 => <[u8; 16]>::try_from(bytes).ok()?.into(),
-            _ => return None,
-        };
         Some(Socket {
             inode,
-            port: u16::from_str_radix(own, 16).ok()?,
+            local,
+            port: local.port(),
             listens: fields.get(3) == Some(&LISTENS),
-            remote: (port != 0).then(|| SocketAddr::new(address.to_canonical(), port)),
+            remote: (remote.port() != 0).then_some(remote),
         })
     });
     parsed.collect()
@@ -85,7 +144,7 @@ mod tests {
         let read = |table: &[u8]| {
             let sockets = parse_sockets(table).into_iter();
             sockets
-                .map(|Socket { inode, port, listens, remote }| {
+                .map(|Socket { inode, port, listens, remote, .. }| {
                     (inode, port, listens, remote.map(|remote| remote.to_string()))
                 })
                 .collect::<Vec<_>>()
@@ -113,10 +172,30 @@ mod tests {
         assert_eq!(me.connections().get(&inode), Some(&expected));
     }
 
+    #[test]
+    fn sockets_of_unix_are_read_by_their_names() {
+        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+            ffff: 00000002 00000000 00010000 0001 01 2001 /run/a b.sock\n\
+            ffff: 00000003 00000000 00000000 0001 03  2002 @hidden\n\
+            ffff: 00000003 00000000 00000000 0001 03 2003\n";
+        let entry = |local: &[u8], listens| SocketEntry {
+            family: "unix",
+            local: local.to_vec(),
+            remote: None,
+            listens,
+        };
+        let expected = [
+            (2001, entry(b"/run/a b.sock", true)),
+            (2002, entry(b"@hidden", false)),
+            (2003, entry(b"", false)),
+        ];
+        assert_eq!(parse_unix(table), expected);
+    }
+
     proptest::proptest! {
         #[test]
         fn any_bytes_are_sockets_or_none(table: Vec<u8>) {
-            let _ = parse_sockets(&table);
+            let _ = (parse_sockets(&table), parse_unix(&table));
         }
     }
 }

@@ -137,6 +137,26 @@ impl Handle {
         Ok(split_arguments(&cmdline))
     }
 
+    /// The text of `/proc/PID/cmdline`, at most `limit` bytes of it.
+    pub fn command_line(&self, limit: u64) -> io::Result<Vec<u8>> {
+        self.read_memory("cmdline", limit)
+    }
+
+    /// The environment with which its program began, at most `limit` bytes of it.
+    pub fn environment(&self, limit: u64) -> io::Result<Vec<u8>> {
+        self.read_memory("environ", limit)
+    }
+
+    /// The text of `/proc/PID/maps`, at most `limit` bytes of it.
+    pub fn maps(&self, limit: u64) -> io::Result<Vec<u8>> {
+        self.read_memory("maps", limit)
+    }
+
+    /// The text of `/proc/PID/status`.
+    pub fn status(&self) -> io::Result<Vec<u8>> {
+        self.read("status", 64 * 1024)
+    }
+
     /// The effective user ID.
     pub fn uid(&self) -> io::Result<u32> {
         let status = self.read("status", 16 * 1024)?;

@@ -21,7 +21,7 @@ mod time;
 
 pub use ancestors::{all, ancestors, chain};
 pub(super) use cgroups::hierarchy_mount;
-pub use connections::Connection;
+pub use connections::{Connection, SocketEntry};
 pub use descriptors::Descriptor;
 pub use handle::{Handle, MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, split_arguments};
 pub use mappings::Mapping;

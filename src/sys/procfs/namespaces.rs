@@ -41,6 +41,21 @@ impl Handle {
         }
     }
 
+    /// The kernel's names of its namespaces, such as `net:[4026531840]`.
+    pub fn namespaces(&self) -> Vec<String> {
+        const KINDS: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
+        let pid = self.identity().pid;
+        let link = |kind| std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+        let names = KINDS.iter().filter_map(link);
+        let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+        self.if_still_there(names).unwrap_or_default()
+    }
+
+    /// The inode of its network namespace, which identifies the namespace.
+    pub fn network_namespace(&self) -> io::Result<u64> {
+        self.namespace("ns/net")
+    }
+
     fn namespace(&self, link: &str) -> io::Result<u64> {
         let file = self.process.open_relative(link).map_err(into_io)?;
         Ok(file.metadata()?.ino())
