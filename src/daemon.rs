@@ -25,6 +25,7 @@ use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
 use crate::history::{self, History, Keep, Reader, Record};
+use crate::hooks::Queue;
 use crate::journal;
 use crate::model::session::MAX_COMMANDS;
 use crate::model::{Command, Session, SessionState};
@@ -127,6 +128,9 @@ pub fn run(
     let (gave_up_sender, gave_up) = mpsc::unbounded_channel();
     health.threads.on_give_up(move |reason| drop(gave_up_sender.send(reason)));
 
+    let hooks = Queue::default();
+    let waiting = hooks.clone();
+    health.threads.show_queue("hooks", Box::new(move || waiting.waiting()));
     let lane = lane_to(&watch);
     let (end_api, api_ends) = oneshot::channel::<()>();
     let containerd = {
@@ -153,7 +157,9 @@ pub fn run(
             recorder: recorder.clone(),
             images: Arc::new(containerd.clone()),
             policy_reloads,
+            hooks: hooks.clone(),
         },
+        hooks,
         rules,
         policy_reloads: policy_reload_requests,
         containerd: containerd.clone(),
@@ -359,6 +365,7 @@ fn command_for(urgent: Urgent) -> SensorCommand {
 /// What the async tasks need.
 struct Serving {
     backend: api::Backend,
+    hooks: Queue,
     rules: Rules,
     policy_reloads: mpsc::Receiver<api::PolicyReload>,
     containerd: Containerd,
@@ -384,6 +391,7 @@ async fn serve(
 ) -> anyhow::Result<(anyhow::Result<()>, Followers)> {
     let Serving {
         backend,
+        hooks,
         rules,
         policy_reloads,
         containerd,
@@ -396,7 +404,7 @@ async fn serve(
         api_ends,
         ends,
     } = serving;
-    tokio::spawn(respond::run(containerd, response_requests, response_sender));
+    tokio::spawn(respond::run(containerd, hooks, response_requests, response_sender));
     let listener = api::Listener::bind(&config.socket)?;
     let requests = backend.requests.clone();
     let reloading = Reloading { config: config.clone(), rules, keep, requests, policy_reloads };

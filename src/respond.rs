@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use tokio::task::{self, JoinSet};
 
 use crate::containerd::{Containerd, Error, Killed};
+pub use crate::hooks::HookCall;
+use crate::hooks::{Queue, Request};
 use crate::model::{Answer, ContainerId, FindingId, Incarnation, Outcome, ProcessIdentity};
 
 /// How long one request may take before it has failed.
@@ -41,6 +43,8 @@ pub const RESUME_ANSWERS: &str = "resume-answers";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
+    /// Runs a program of the administrator.
+    Hook,
     /// Kills one process.
     KillProcess,
     Kill,
@@ -51,6 +55,7 @@ pub enum Action {
 impl From<Answer> for Action {
     fn from(answer: Answer) -> Action {
         match answer {
+            Answer::Hook => Action::Hook,
             // What was not denied is killed.
             Answer::Deny | Answer::KillProcess => Action::KillProcess,
             Answer::Pause => Action::Pause,
@@ -62,6 +67,7 @@ impl From<Answer> for Action {
 impl Action {
     pub fn name(self) -> &'static str {
         match self {
+            Action::Hook => "hook",
             Action::KillProcess => "kill-process",
             Action::Kill => "kill",
             Action::Pause => "pause",
@@ -71,7 +77,7 @@ impl Action {
 }
 
 /// A response that a client or the settings request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ResponseRequest {
     /// Identifies the response to this request. No two requests have the same.
     pub ticket: u64,
@@ -93,6 +99,8 @@ pub struct ResponseRequest {
     pub finding: Option<FindingId>,
     /// For a kill: containerd's restart monitor is to leave the container stopped.
     pub no_restart: bool,
+    /// For a hook: which one, and what it gets.
+    pub hook: Option<Box<HookCall>>,
 }
 
 impl ResponseRequest {
@@ -211,7 +219,8 @@ pub struct Response {
     /// What the limits of rules count: its pod, as `NAMESPACE/NAME`, and its image.
     pub pod: Option<String>,
     pub image: Option<String>,
-    /// Whether it has changed anything: a container may have been paused already.
+    /// Whether it has changed anything: a container may have been paused already. If it has
+    /// failed: whether it may have, and must not be asked for again.
     pub changed: bool,
     pub reason: String,
     pub requested_by: String,
@@ -224,11 +233,22 @@ pub struct Response {
 /// receiver of the responses is gone. Each request has one response, whatever happens.
 pub async fn run(
     runtime: impl Runtime,
+    hooks: Queue,
     requests: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) {
-    let by_runtime = move |request: ResponseRequest| carry_out(runtime.clone(), request);
-    run_with(by_runtime, requests, responses).await;
+    let respond = move |request: ResponseRequest| {
+        let (runtime, hooks) = (runtime.clone(), hooks.clone());
+        async move {
+            let response = match request.action {
+                Action::Hook => run_hook(&hooks, request).await,
+                _ => carry_out(runtime, request).await,
+            };
+            log(&response);
+            response
+        }
+    };
+    run_with(respond, requests, responses).await;
 }
 
 async fn run_with<Responding>(
@@ -252,9 +272,15 @@ async fn run_with<Responding>(
         tokio::select! {
             request = requests.recv(), if open => match request {
                 None => open = false,
+                // The queue of hooks has bounds of its own, and no kill waits for a hook.
+                Some(request) if request.action == Action::Hook => {
+                    begin(request, &mut running, &mut carried);
+                }
                 // The processes of a container are killed side by side.
                 Some(request) if request.action == Action::KillProcess => {
-                    if running.len() < MAX_RUNNING {
+                    let is_hook = |one: &&ResponseRequest| one.action == Action::Hook;
+                    let hooks = carried.values().filter(is_hook).count();
+                    if running.len() - hooks < MAX_RUNNING {
                         begin(request, &mut running, &mut carried);
                     } else if !send(&responses, request.failed(TOO_MANY.to_owned())).await {
                         return;
@@ -284,7 +310,7 @@ async fn run_with<Responding>(
                     tracing::error!("a response request ended without a response: {err}");
                     request.failed("driftd failed while it was carried out; it may have happened".into())
                 });
-                if request.action != Action::KillProcess {
+                if !matches!(request.action, Action::KillProcess | Action::Hook) {
                     match waiting.get_mut(&request.container).and_then(VecDeque::pop_front) {
                         Some(next) => begin(next, &mut running, &mut carried),
                         None => {
@@ -322,6 +348,10 @@ async fn carry_out(runtime: impl Runtime, request: ResponseRequest) -> Response 
             request.action.name()
         )),
     };
+    response
+}
+
+fn log(response: &Response) {
     let outcome = &response.outcome;
     tracing::info!(
         container = %response.container,
@@ -330,7 +360,37 @@ async fn carry_out(runtime: impl Runtime, request: ResponseRequest) -> Response 
         "{}",
         outcome.message
     );
+}
+
+/// Waits until a runner has run the hook of a request.
+async fn run_hook(hooks: &Queue, request: ResponseRequest) -> Response {
+    let Some(call) = &request.hook else {
+        return request.failed("hook: not run: its finding is not kept any more".to_owned());
+    };
+    let ResponseRequest { container, reason, requested_by, requested_at, .. } = &request;
+    let about = Request { container, reason, requested_by, requested_at: *requested_at };
+    let begin = format!("{HOOK_BEGIN}{}: ", call.name);
+    let (order, settings) = match (call.order(&about), &call.settings) {
+        (Ok(order), Some(settings)) => (order, settings),
+        (Err(why), _) => return request.failed(format!("{begin}not run: {why}")),
+        (Ok(_), None) => return request.failed(format!("{begin}not run")),
+    };
+    let ended = hooks.run(container.clone(), order, settings.wait).await;
+    let message = begin + &ended.message(settings.timeout);
+    let mut response = request.ended(ended.is_done(), false, message);
+    // Only the administrator knows whether it may do twice what it has perhaps done.
+    response.changed = ended.is_done() || ended.is_unknown() && !settings.retry;
     response
+}
+
+/// How the message about a hook begins, before its name.
+const HOOK_BEGIN: &str = "hook ";
+
+/// The hook that an outcome is of.
+pub fn hook_of(outcome: &Outcome) -> Option<&str> {
+    let text = outcome.message.strip_prefix(HOOK_BEGIN)?;
+    let (name, _) = text.split_once(':')?;
+    (outcome.action == Action::Hook.name()).then_some(name)
 }
 
 /// Carries out one request by a runtime that never waits, such as a replayed one.
@@ -352,6 +412,11 @@ async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Ki
                 return Err(Error::Failed("no process is named: nothing was done".into()));
             };
             runtime.kill_process(container, *meant, *process).await.map(done)
+        }
+        // In a replay. Elsewhere `run_hook` does it.
+        Action::Hook => {
+            let name = request.hook.as_ref().map_or("?", |hook| &hook.name);
+            Ok(done(format!("{HOOK_BEGIN}{name}: exit status 0 (a replay runs no program)")))
         }
         Action::Pause => runtime.pause(container, *meant).await,
         Action::Resume => runtime.resume(container, *meant).await.map(done),
@@ -409,6 +474,7 @@ mod tests {
             requested_at: Timestamp::UNIX_EPOCH,
             finding: None,
             no_restart: false,
+            hook: None,
         }
     }
 
@@ -425,7 +491,7 @@ mod tests {
             request_to.send(request("c", action)).await.unwrap();
         }
         drop(request_to);
-        let running = tokio::spawn(run(containerd, requests, response_to));
+        let running = tokio::spawn(run(containerd, Queue::default(), requests, response_to));
         let reported: Vec<(String, bool, String)> =
             tokio::task::spawn_blocking(move || responses.iter().collect::<Vec<_>>())
                 .await

@@ -23,7 +23,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("detect", &["baseline", "model"]),
     ("inventory", &["baseline", "budget", "model"]),
     ("history", &["health", "model", "respond", "threads"]),
-    ("respond", &["containerd", "model"]),
+    ("hooks", &["config", "model", "sys"]),
+    ("respond", &["containerd", "hooks", "model"]),
     (
         "replay",
         &[
@@ -64,6 +65,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "containerd",
             "health",
             "history",
+            "hooks",
             "model",
             "pipeline",
             "policy",
@@ -84,6 +86,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "guardian",
             "health",
             "history",
+            "hooks",
             "model",
             "pipeline",
             "policy",
@@ -112,7 +115,8 @@ const WINGS: &[(&str, &[&str])] = &[
 const WIRING: &[&str] = &["daemon", "lib", "main"];
 
 /// The rooms that wait for sockets. Disks and the kernel are read by plain threads.
-const ASYNC: &[&str] = &["api", "cli", "containerd", "daemon", "journal", "main", "respond"];
+const ASYNC: &[&str] =
+    &["api", "cli", "containerd", "daemon", "hooks", "journal", "main", "respond"];
 
 struct Source {
     room: String,

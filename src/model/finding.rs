@@ -446,6 +446,7 @@ pub enum Disposition {
     /// An exception expects it: it is kept, and left out of listings, streams and responses.
     Accept,
     /// It is reported and answered; this is the strongest of the answers.
+    Hook,
     Deny,
     KillProcess,
     Pause,
@@ -456,6 +457,7 @@ impl Disposition {
     pub const ALL: &'static [Disposition] = &[
         Disposition::Report,
         Disposition::Accept,
+        Disposition::Hook,
         Disposition::Deny,
         Disposition::KillProcess,
         Disposition::Pause,
@@ -466,6 +468,7 @@ impl Disposition {
         match self {
             Disposition::Report => "report",
             Disposition::Accept => "accept",
+            Disposition::Hook => "hook",
             Disposition::Deny => "deny",
             Disposition::KillProcess => "kill-process",
             Disposition::Pause => "pause",
@@ -478,6 +481,8 @@ impl Disposition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
+    /// A program of the administrator runs.
+    Hook,
     /// The program is not executed. What has run nevertheless is killed.
     Deny,
     /// The process that did it is killed.
@@ -490,10 +495,11 @@ pub enum Answer {
 
 impl Answer {
     pub const ALL: &'static [Answer] =
-        &[Answer::Deny, Answer::KillProcess, Answer::Pause, Answer::Kill];
+        &[Answer::Hook, Answer::Deny, Answer::KillProcess, Answer::Pause, Answer::Kill];
 
     pub fn name(self) -> &'static str {
         match self {
+            Answer::Hook => "hook",
             Answer::Deny => "deny",
             Answer::KillProcess => "kill-process",
             Answer::Pause => "pause",
@@ -504,6 +510,7 @@ impl Answer {
     /// The disposition of a finding whose strongest answer this is.
     pub fn disposition(self) -> Disposition {
         match self {
+            Answer::Hook => Disposition::Hook,
             Answer::Deny => Disposition::Deny,
             Answer::KillProcess => Disposition::KillProcess,
             Answer::Pause => Disposition::Pause,
@@ -519,6 +526,9 @@ pub struct RuleAnswer {
     pub rule: String,
     /// It is not carried out, because `policy.enforce` is `dry-run`.
     pub dry_run: bool,
+    /// Which hook, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hook: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,9 +11,9 @@ use super::responses::is_same_run;
 use super::state::State;
 use super::status::view;
 use crate::inventory::{BaselineState, WatchState};
-use crate::model::{ContainerId, Incarnation, OverlayDirs, RootfsPath, printable};
+use crate::model::{ContainerId, Finding, Incarnation, OverlayDirs, RootfsPath, printable};
 use crate::policy::Policy;
-use crate::respond::ResponseRequest;
+use crate::respond::{HookCall, ResponseRequest};
 use crate::watch::SensorCommand;
 
 /// How many containers are named to a client that may have meant one of them.
@@ -66,14 +66,17 @@ impl State {
                 reason,
                 requested_by,
                 no_restart,
+                hook,
                 reply,
             } => {
                 let cause = cause.map(|cause| *cause);
-                match self.respondable(&container, cause.map(|(_, run)| run)) {
+                let found = self.respondable(&container, cause.map(|(_, run)| run));
+                let found = found.and_then(|found| Ok((found, self.hook_by_hand(hook)?)));
+                match found {
                     Err(err) => {
                         let _ = reply.send(Err(err));
                     }
-                    Ok((container, incarnation)) => {
+                    Ok(((container, incarnation), hook)) => {
                         let request = ResponseRequest {
                             ticket: self.ticket(),
                             container,
@@ -87,11 +90,25 @@ impl State {
                             requested_at: now,
                             finding: cause.map(|(finding, _)| finding),
                             no_restart,
+                            hook,
                         };
                         self.request_response(request, Some(reply), effects);
                     }
                 }
             }
+        }
+    }
+
+    /// The hook that a user asks for.
+    fn hook_by_hand(
+        &self,
+        hook: Option<Box<(String, Finding)>>,
+    ) -> Result<Option<Box<HookCall>>, LookupError> {
+        let Some((name, finding)) = hook.map(|hook| *hook) else { return Ok(None) };
+        let settings = self.policy.hooks.get(&name).cloned();
+        match settings {
+            None => Err(LookupError::UnknownHook(printable(name.as_bytes()))),
+            Some(_) => Ok(Some(Box::new(HookCall { name, settings, rule: None, finding }))),
         }
     }
 

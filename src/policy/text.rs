@@ -44,6 +44,8 @@ pub(super) struct RuleText {
     /// What is done about it. Not with `effect = "accept"`.
     #[serde(default)]
     pub(super) answer: Vec<AnswerText>,
+    /// The hook of the settings that `answer = ["hook"]` runs.
+    pub(super) hook: Option<String>,
     /// Whether the answers of this rule are carried out; without it, as `policy.enforce` says.
     /// With `policy.enforce = "off"`, no rule has an answer.
     pub(super) enforce: Option<EnforceText>,
@@ -72,6 +74,8 @@ pub(super) enum EffectText {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum AnswerText {
+    /// It runs a program of the administrator: the one that `hook` names.
+    Hook,
     /// The program is not executed. What has run nevertheless is killed.
     Deny,
     /// It kills the process that did it.

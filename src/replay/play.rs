@@ -297,6 +297,7 @@ impl<'a> Node<'a> {
                     reason: "the script asks for it".into(),
                     requested_by: "replay".into(),
                     no_restart: false,
+                    hook: None,
                     reply,
                 })
             }

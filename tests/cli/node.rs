@@ -117,6 +117,7 @@ impl Node {
             images: Arc::new(Script(baselines.clone())),
             baselines,
             policy_reloads,
+            hooks: driftd::hooks::Queue::default(),
         };
         let listener = Listener::bind(&dir.path().join("run/driftd.sock")).unwrap();
         let (shutdown, until) = oneshot::channel::<()>();
@@ -423,6 +424,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
             reason,
             requested_by,
             no_restart,
+            hook: _,
             reply,
         } => {
             let _ = reply.send(lookup(&container).map(|container| {

@@ -13,6 +13,7 @@ use crate::respond::{Action, Response};
 
 pub fn action_to_proto(action: Action) -> proto::Action {
     match action {
+        Action::Hook => proto::Action::Hook,
         Action::KillProcess => proto::Action::KillProcess,
         Action::Kill => proto::Action::Kill,
         Action::Pause => proto::Action::Pause,
@@ -23,6 +24,7 @@ pub fn action_to_proto(action: Action) -> proto::Action {
 pub fn action_from_proto(action: proto::Action) -> Option<Action> {
     match action {
         proto::Action::Unspecified => None,
+        proto::Action::Hook => Some(Action::Hook),
         proto::Action::KillProcess => Some(Action::KillProcess),
         proto::Action::Kill => Some(Action::Kill),
         proto::Action::Pause => Some(Action::Pause),

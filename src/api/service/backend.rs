@@ -16,6 +16,7 @@ use crate::api::follow::Followers;
 use crate::baseline;
 use crate::health::Health;
 use crate::history;
+use crate::hooks::Queue;
 use crate::pipeline::{ApiRequest, LookupError};
 use crate::policy;
 
@@ -39,6 +40,8 @@ pub struct Backend {
     pub images: Arc<dyn RecordImage>,
     /// Requests to read the policy files again.
     pub policy_reloads: mpsc::Sender<PolicyReload>,
+    /// Where hooks wait for a runner.
+    pub hooks: Queue,
 }
 
 /// The client that waits until the policy files were read again.

@@ -8,6 +8,7 @@ mod baselines;
 mod containers;
 mod findings;
 mod grpc;
+mod hooks;
 mod paging;
 mod policy;
 mod probes;
