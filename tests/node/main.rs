@@ -27,6 +27,7 @@ mod fuse;
 mod gate;
 mod groups;
 mod honest;
+mod hooks;
 mod hostile;
 mod image;
 mod incarnations;
@@ -113,6 +114,7 @@ fn main() -> ExitCode {
         budget::tests(),
         owners::tests(),
         groups::tests(),
+        hooks::tests(),
         unit::tests(),
         vm::tests(),
         honest::tests(),
@@ -134,6 +136,10 @@ fn prerequisites() -> anyhow::Result<()> {
     for program in
         ["script", "setcap", "setpriv", "b3sum", "docker-registry", "skopeo", "tar", "strip"]
     {
+        programs::find(program)?;
+    }
+    // The hooks of contrib/.
+    for program in ["curl", "jq"] {
         programs::find(program)?;
     }
     // The machines in which the unit is installed.
