@@ -59,6 +59,10 @@ fn finding(pod: &Value) -> Value {
 
 /// Runs the hook as `driftd hooks` does: a clean environment, and the JSON as its input.
 fn delete_pod(server: &str, token: &Path, input: &Value) -> Output {
+    delete_pod_of("k8s.io", server, token, input)
+}
+
+fn delete_pod_of(namespace: &str, server: &str, token: &Path, input: &Value) -> Output {
     let program = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("contrib/hooks/kubernetes-delete-pod/kubernetes-delete-pod");
     let mut child = Command::new(program)
@@ -66,12 +70,14 @@ fn delete_pod(server: &str, token: &Path, input: &Value) -> Output {
         .arg(token)
         .env_clear()
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+        .env("DRIFTD_NAMESPACE", namespace)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(input.to_string().as_bytes()).unwrap();
+    // It may end before it has read its input.
+    let _ = child.stdin.take().unwrap().write_all(input.to_string().as_bytes());
     child.wait_with_output().unwrap()
 }
 
@@ -135,6 +141,8 @@ fn nothing_is_sent_for_what_is_no_pod_or_to_a_server_that_proves_nothing() {
         assert_eq!(output.status.code(), Some(1), "{pod}: {}", text_of(&output));
         assert!(text_of(&output).contains(text), "{pod}: {}", text_of(&output));
     }
+    let output = delete_pod_of("moby", &server, &token, &finding(&pod("a", "u")));
+    assert!(text_of(&output).contains("is not the kubelet's"), "{}", text_of(&output));
     for server in [format!("http://example.com:{port}"), String::new()] {
         let output = delete_pod(&server, &token, &finding(&pod("a", "u")));
         assert!(text_of(&output).contains("--server is missing"), "{}", text_of(&output));
