@@ -111,6 +111,10 @@ impl ResponseRequest {
 
     fn ended(&self, succeeded: bool, gone: bool, message: String) -> Response {
         let action = self.action.name().to_owned();
+        let message = match &self.hook {
+            Some(call) => format!("{HOOK_BEGIN}{}: {message}", call.name),
+            None => message,
+        };
         Response {
             ticket: self.ticket,
             container: self.container.clone(),
@@ -340,15 +344,14 @@ async fn send(responses: &Sender<Response>, mut response: Response) -> bool {
 
 async fn carry_out(runtime: impl Runtime, request: ResponseRequest) -> Response {
     let deadline = if request.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
-    let response = match tokio::time::timeout(deadline, send_to(&runtime, &request)).await {
+    match tokio::time::timeout(deadline, send_to(&runtime, &request)).await {
         Ok(result) => response_to(&request, result),
         Err(_) => request.failed(format!(
             "containerd did not answer within {} s; the {} may still happen",
             deadline.as_secs(),
             request.action.name()
         )),
-    };
-    response
+    }
 }
 
 fn log(response: &Response) {
@@ -365,18 +368,17 @@ fn log(response: &Response) {
 /// Waits until a runner has run the hook of a request.
 async fn run_hook(hooks: &Queue, request: ResponseRequest) -> Response {
     let Some(call) = &request.hook else {
-        return request.failed("hook: not run: its finding is not kept any more".to_owned());
+        return request.failed("not run: its finding is not kept any more".to_owned());
     };
     let ResponseRequest { container, reason, requested_by, requested_at, .. } = &request;
     let about = Request { container, reason, requested_by, requested_at: *requested_at };
-    let begin = format!("{HOOK_BEGIN}{}: ", call.name);
     let (order, settings) = match (call.order(&about), &call.settings) {
         (Ok(order), Some(settings)) => (order, settings),
-        (Err(why), _) => return request.failed(format!("{begin}not run: {why}")),
-        (Ok(_), None) => return request.failed(format!("{begin}not run")),
+        (Err(why), _) => return request.failed(format!("not run: {why}")),
+        (Ok(_), None) => return request.failed("not run".to_owned()),
     };
     let ended = hooks.run(container.clone(), order, settings.wait).await;
-    let message = begin + &ended.message(settings.timeout);
+    let message = ended.message(settings.timeout);
     let mut response = request.ended(ended.is_done(), false, message);
     // Only the administrator knows whether it may do twice what it has perhaps done.
     response.changed = ended.is_done() || ended.is_unknown() && !settings.retry;
@@ -413,11 +415,8 @@ async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Ki
             };
             runtime.kill_process(container, *meant, *process).await.map(done)
         }
-        // In a replay. Elsewhere `run_hook` does it.
-        Action::Hook => {
-            let name = request.hook.as_ref().map_or("?", |hook| &hook.name);
-            Ok(done(format!("{HOOK_BEGIN}{name}: exit status 0 (a replay runs no program)")))
-        }
+        // Elsewhere `run_hook` does it.
+        Action::Hook => Ok(done("exit status 0 (a replay runs no program)".into())),
         Action::Pause => runtime.pause(container, *meant).await,
         Action::Resume => runtime.resume(container, *meant).await.map(done),
     }

@@ -534,7 +534,7 @@ pub struct RuleAnswer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The strongest response that the policy requests: `deny`, `kill-process`, `pause` or
+    /// The strongest response that the policy requests: `hook`, `deny`, `kill-process`, `pause` or
     /// `kill`; null if it only reports.
     pub action: Option<String>,
     /// The rule that decided: an exception, the one whose response is requested, or the one

@@ -10,14 +10,16 @@ use anyhow::{Context as _, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::node::{Container, Node, end, spawn_daemon, tail, talk, wait_for};
-use crate::test_alone;
+use crate::node::{Container, Node, end, spawn_daemon, tail, talk, wait_for, wait_within};
+use crate::unit::{Machine, patience};
+use crate::{test_alone, test_without_node};
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test_alone("a_rule_runs_a_hook_whose_effect_is_seen", SETTINGS, runs),
         test_alone("what_goes_wrong_with_a_hook_is_recorded", SETTINGS, goes_wrong),
         test_alone("a_hook_recreates_a_container_from_its_image", SETTINGS, recreates),
+        test_without_node("the_installed_unit_of_hooks_has_the_network_and_few_rights", unit),
     ]
 }
 
@@ -301,4 +303,73 @@ fn recreates(node: &Node) -> anyhow::Result<()> {
 fn info_of(container: &Container<'_>) -> anyhow::Result<Value> {
     let info = container.node.ctr(&["containers", "info", &container.id])?;
     Ok(serde_json::from_str(&info)?)
+}
+
+/// The shipped unit, in a machine of its own.
+fn unit() -> anyhow::Result<()> {
+    let machine = Machine::installed("hooks")?;
+    let state = machine.sh("systemctl is-enabled driftd-hooks || true")?;
+    ensure!(state == "disabled\n", "installed, and off: {state}");
+    machine.container("c")?;
+    machine.sh(r#"cat >>/etc/driftd/driftd.toml <<'END'
+[hooks.send]
+program = "/bin/sh"
+arguments = ["-c", "id -u; touch /etc/x || touch /var/x || socat -u STDIN TCP:127.0.0.1:4711"]
+user = "daemon"
+[hooks.recreate]
+program = "/usr/local/libexec/driftd/containerd-recreate"
+END
+mkdir -p /etc/driftd/policy.d /etc/systemd/system/driftd-hooks.service.d
+cat >/etc/driftd/policy.d/10.toml <<'END'
+[[rule]]
+id = "send"
+reason = "a test"
+effect = "report"
+answer = ["hook"]
+hook = "send"
+enforce = "on"
+[rule.match]
+path = ["/tmp/x"]
+[[rule]]
+id = "recreate"
+reason = "a test"
+effect = "report"
+answer = ["hook"]
+hook = "recreate"
+enforce = "on"
+[rule.match]
+path = ["/tmp/y"]
+END
+cat >/etc/systemd/system/driftd-hooks.service.d/recreate.conf <<'END'
+[Service]
+CapabilityBoundingSet=CAP_SYS_ADMIN
+SystemCallFilter=@mount
+END
+systemd-run --quiet --unit listener socat -u TCP-LISTEN:4711,bind=127.0.0.1 CREATE:/run/received
+systemctl daemon-reload
+systemctl reload driftd
+systemctl enable --now driftd-hooks"#)?;
+    let outcome = |path: &str| {
+        wait_within(patience(), "the outcome of a hook", || {
+            let findings = machine.lines("driftd findings -o jsonl")?;
+            let is_it =
+                |one: &Value| one["file"]["path"] == path && one["outcome"]["action"] == "hook";
+            Ok(findings.into_iter().find(is_it))
+        })
+        .with_context(|| machine.logs())
+    };
+    machine.exec("c", "cp /.control/x /tmp/x; /tmp/x")?;
+    let finding = outcome("/tmp/x")?;
+    ensure!(finding["outcome"]["succeeded"] == true, "{finding}{}", machine.logs());
+    ensure!(message(&finding).contains("it wrote: 1\\n"), "as the user daemon: {finding}");
+    let received: Value = serde_json::from_str(&machine.sh("cat /run/received")?)?;
+    ensure!(received["schema"] == "driftd.hook/v1", "{received}");
+
+    let pid = || machine.sh("ctr task ls | awk '$1 == \"c\" { print $2 }'");
+    let before = pid()?;
+    machine.exec("c", "cp /.control/y /tmp/y; /tmp/y")?;
+    let finding = outcome("/tmp/y")?;
+    ensure!(finding["outcome"]["succeeded"] == true, "{finding}{}", machine.logs());
+    ensure!(pid()? != before && !before.is_empty(), "it is the same run");
+    machine.watched("c")
 }

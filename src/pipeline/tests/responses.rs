@@ -672,7 +672,7 @@ fn hooking(settings: &str) -> Node {
 
 /// The end of a hook: whether it has succeeded, and whether it may have changed anything.
 fn hook_ended(request: &ResponseRequest, succeeded: bool, changed: bool) -> Input {
-    let mut response = request.failed("hook h: exit status 0".into());
+    let mut response = request.failed("exit status 0".into());
     (response.outcome.succeeded, response.changed) = (succeeded, changed);
     Input::Response(response)
 }
