@@ -244,7 +244,7 @@ fn goes_wrong(node: &Node) -> anyhow::Result<()> {
     // It is not marked `retry`: the next runner gets it no more. What comes later it gets, and
     // the hooks of one container keep their order.
     fs::remove_file(node.path("long"))?;
-    let _runner = Runner::start(node)?;
+    let runner = Runner::start(node)?;
     other.sh("/tmp/x")?;
     other.begin("cp /.control/x /tmp/y; /tmp/y").map(drop)?;
     let asked = wait_for("the hook of the other finding", || {
@@ -256,6 +256,13 @@ fn goes_wrong(node: &Node) -> anyhow::Result<()> {
     ensure!(of("/tmp/x").is_some_and(|one| one["count"] == 2), "{findings:#?}");
     let later = of("/tmp/y").and_then(|one| one["id"].as_str()).context("no finding")?;
     ensure!(asked.lines().all(|line| line.ends_with(later)), "{asked}");
+
+    // A runner that is asked to stop ends what it runs, and reports that.
+    drop(runner);
+    let finding = outcome_of(&other, "/tmp/y")?;
+    let expected = "hook long: killed because driftd hooks was stopped; what it has done is not \
+                    known";
+    ensure!(message(&finding) == expected, "{}", message(&finding));
     Ok(())
 }
 
