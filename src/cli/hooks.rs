@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{JoinSet, LocalSet};
 use tonic::Code;
 
@@ -37,6 +37,29 @@ struct Running {
     stopped: Arc<PipeReader>,
 }
 
+/// The signals that ask the runner to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Signals> {
+        let terminate = signal(SignalKind::terminate())?;
+        Ok(Signals { terminate, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => (),
+            _ = self.interrupt.recv() => (),
+        }
+    }
+}
+
+/// A connection to the daemon: each message is a program to run.
+type Orders = (Client, tonic::Streaming<proto::HookRun>);
+
 impl Hooks {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -49,71 +72,100 @@ impl Hooks {
         let (stopped, stop) = std::io::pipe()?;
         let mut running =
             Running { tasks: JoinSet::new(), stop: Some(stop), stopped: Arc::new(stopped) };
-        let (mut terminate, mut interrupt) =
-            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let result = tokio::select! {
-            _ = terminate.recv() => Ok(Exit::Clean),
-            _ = interrupt.recv() => Ok(Exit::Clean),
-            ended = self.run_all(socket, &mut running) => ended,
-        };
-        // They are killed, and each end is reported.
-        running.stop = None;
-        while running.tasks.join_next().await.is_some() {}
-        result
+        let result = self.run_all(socket, &mut running).await;
+        running.end().await;
+        result.map(|()| Exit::Clean)
     }
 
-    /// Runs what the daemon asks for. Ends with an error only.
-    async fn run_all(&self, socket: &Path, running: &mut Running) -> anyhow::Result<Exit> {
-        let request = proto::RunHooksRequest { at_once: self.at_once };
+    /// Runs what the daemon asks for, until a signal comes.
+    async fn run_all(&self, socket: &Path, running: &mut Running) -> anyhow::Result<()> {
+        let mut signals = Signals::new()?;
         let (mut was_connected, mut is_waiting) = (false, false);
         loop {
-            let why = match connect(Server::Daemon(socket)).await {
-                Err(err) => err.to_string(),
-                Ok(mut client) => match client.run_hooks(request).await {
-                    Ok(stream) => {
-                        eprintln!("connected to driftd at {}", socket.display());
-                        (was_connected, is_waiting) = (true, false);
-                        running.follow(&client, stream.into_inner()).await
+            let connected = tokio::select! {
+                () = signals.any() => return Ok(()),
+                connected = self.connect(socket, was_connected) => connected?,
+            };
+            let why = match connected {
+                Ok(orders) => {
+                    eprintln!("connected to driftd at {}", socket.display());
+                    (was_connected, is_waiting) = (true, false);
+                    match running.follow(orders, &mut signals).await {
+                        Some(why) => why,
+                        None => return Ok(()),
                     }
-                    // After a restart of driftd, another runner may have been quicker.
-                    Err(status) if is_final(&status) || is_refused(&status, was_connected) => {
-                        return Err(explain(status));
-                    }
-                    Err(status) => safe(status.message()),
-                },
+                }
+                Err(why) => why,
             };
             if !is_waiting {
                 eprintln!("waiting for driftd: {why}");
                 is_waiting = true;
             }
-            tokio::time::sleep(RECONNECT).await;
+            tokio::select! {
+                () = signals.any() => return Ok(()),
+                () = tokio::time::sleep(RECONNECT) => (),
+            }
+        }
+    }
+
+    /// The inner error says why there is no connection yet. The outer one is final.
+    async fn connect(
+        &self,
+        socket: &Path,
+        was_connected: bool,
+    ) -> anyhow::Result<Result<Orders, String>> {
+        let mut client = match connect(Server::Daemon(socket)).await {
+            Ok(client) => client,
+            Err(err) => return Ok(Err(err.to_string())),
+        };
+        match client.run_hooks(proto::RunHooksRequest { at_once: self.at_once }).await {
+            Ok(stream) => Ok(Ok((client, stream.into_inner()))),
+            Err(status) => {
+                // After a restart of driftd, another runner may have been quicker.
+                let is_refused = status.code() == Code::FailedPrecondition && !was_connected;
+                if is_final(&status) || is_refused {
+                    return Err(explain(status));
+                }
+                Ok(Err(safe(status.message())))
+            }
         }
     }
 }
 
-fn is_refused(status: &tonic::Status, was_connected: bool) -> bool {
-    status.code() == Code::FailedPrecondition && !was_connected
-}
-
 impl Running {
-    /// Starts what comes from the daemon. Returns why nothing comes any more.
+    /// Starts what comes from the daemon. Returns why nothing comes any more; `None` when a
+    /// signal has come.
     async fn follow(
         &mut self,
-        client: &Client,
-        mut stream: tonic::Streaming<proto::HookRun>,
-    ) -> String {
+        (client, mut stream): Orders,
+        signals: &mut Signals,
+    ) -> Option<String> {
         loop {
             // Those that have ended need no place.
             while self.tasks.try_join_next().is_some() {}
-            match stream.message().await {
+            let message = tokio::select! {
+                () = signals.any() => {
+                    // While the stream is open, the daemon takes what is reported.
+                    self.end().await;
+                    return None;
+                }
+                message = stream.message() => message,
+            };
+            match message {
                 Ok(Some(run)) => {
                     let (client, stopped) = (client.clone(), Arc::clone(&self.stopped));
                     self.tasks.spawn_local(run_one(client, run, stopped));
                 }
-                Ok(None) => return "it has ended the stream".to_owned(),
-                Err(status) => return safe(status.message()),
+                Ok(None) => return Some("it has ended the stream".to_owned()),
+                Err(status) => return Some(safe(status.message())),
             }
         }
+    }
+
+    /// Kills all that runs, and reports each end.
+    async fn end(&mut self) {
+        self.stop = None;
+        while self.tasks.join_next().await.is_some() {}
     }
 }
 

@@ -349,8 +349,9 @@ path = ["/tmp/y"]
 END
 cat >/etc/systemd/system/driftd-hooks.service.d/recreate.conf <<'END'
 [Service]
-CapabilityBoundingSet=CAP_SYS_ADMIN
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_OVERRIDE
 SystemCallFilter=@mount
+ReadWritePaths=/var/lib/containerd
 END
 systemd-run --quiet --unit listener socat -u TCP-LISTEN:4711,bind=127.0.0.1 CREATE:/run/received
 systemctl daemon-reload
