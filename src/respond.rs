@@ -284,7 +284,7 @@ async fn run_with<Responding>(
                 Some(request) if request.action == Action::KillProcess => {
                     let is_hook = |one: &&ResponseRequest| one.action == Action::Hook;
                     let hooks = carried.values().filter(is_hook).count();
-                    if running.len() - hooks < MAX_RUNNING {
+                    if running.len().saturating_sub(hooks) < MAX_RUNNING {
                         begin(request, &mut running, &mut carried);
                     } else if !send(&responses, request.failed(TOO_MANY.to_owned())).await {
                         return;
