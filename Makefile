@@ -225,13 +225,15 @@ install-files:
 		install -m 0644 contrib/hooks/$$hook/README.md $(DESTDIR)$(docdir)/hook-$$hook.md || exit 1; \
 	done
 	@if $(SYSTEMD) && systemctl --quiet is-active driftd; then \
-		echo "installed; the old program still runs; next: systemctl daemon-reload && systemctl try-restart driftd"; \
+		echo "installed; the old program still runs; next: systemctl daemon-reload && systemctl try-restart driftd driftd-hooks"; \
 	else \
 		echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"; \
 	fi
 
 uninstall: ## stops and disables driftd, removes what install has installed, keeps settings and history
-	@if $(SYSTEMD) && [ -e $(unitdir)/driftd.service ]; then $(INSTALLER) systemctl disable --now driftd driftd-hooks; fi
+	@if $(SYSTEMD); then for unit in driftd-hooks driftd; do \
+		[ ! -e $(unitdir)/$$unit.service ] || $(INSTALLER) systemctl disable --now $$unit || exit 1; \
+	done; fi
 	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(unitdir)/driftd-hooks.service $(DESTDIR)$(mandir)/driftd.1 $(DESTDIR)$(mandir)/driftd-*.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \

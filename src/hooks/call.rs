@@ -186,3 +186,76 @@ impl Ended {
         message
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(settings: Option<Hook>) -> HookCall {
+        HookCall {
+            name: "page".into(),
+            settings: settings.map(Arc::new),
+            rule: Some("r".into()),
+            finding: serde_json::from_str(include_str!("../../tests/data/finding.json")).unwrap(),
+        }
+    }
+
+    fn order_in(container: &ContainerId, settings: Option<Hook>) -> Result<Order, String> {
+        let requested_at = Timestamp::UNIX_EPOCH;
+        let (reason, requested_by) = ("why", "rule r");
+        call(settings).order(&Request { container, reason, requested_by, requested_at })
+    }
+
+    fn settings() -> Hook {
+        let text = "program = \"/usr/bin/page\"\narguments = [\"--all\"]\nuser = \"pager\"";
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn what_a_container_has_chosen_is_in_the_input_alone() {
+        let order = order_in(&ContainerId::new("k8s.io", "a1.b-c_d"), Some(settings())).unwrap();
+        assert_eq!(order.arguments, ["--all"]);
+        let finding = call(None).finding;
+        let expected = [
+            ("DRIFTD_CONTAINER", "a1.b-c_d"),
+            ("DRIFTD_FINDING", &finding.id.to_string()),
+            ("DRIFTD_HOOK", "page"),
+            ("DRIFTD_NAMESPACE", "k8s.io"),
+            ("DRIFTD_RULE", "r"),
+            ("PATH", PATH),
+        ];
+        let expected = expected.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        assert_eq!(order.environment, BTreeMap::from(expected));
+        let input: serde_json::Value = serde_json::from_slice(&order.input).unwrap();
+        assert_eq!(input["schema"], "driftd.hook/v1");
+        assert_eq!(input["request"]["container"]["id"], "a1.b-c_d");
+        assert_eq!(input["request"]["reason"], "why");
+        assert_eq!(input["finding"], serde_json::to_value(&finding).unwrap());
+        let is_line_end = |byte: &&u8| **byte == b'\n';
+        assert_eq!(order.input.iter().filter(is_line_end).count(), 1, "one line");
+    }
+
+    #[test]
+    fn a_hook_is_not_run_for_a_container_with_a_hostile_name_or_without_settings() {
+        for id in ["", "-x", "a b", "a\n", "$(x)", "../x", &"a".repeat(257)] {
+            let why = order_in(&ContainerId::new("default", id), Some(settings())).unwrap_err();
+            assert!(why.contains("the ID of the container has other characters"), "{id}: {why}");
+        }
+        let why = order_in(&ContainerId::new("a/b", "c"), Some(settings())).unwrap_err();
+        assert!(why.contains("the namespace of the container"), "{why}");
+        let why = order_in(&ContainerId::new("default", "c"), None).unwrap_err();
+        assert!(why.contains("the settings do not have it"), "{why}");
+    }
+
+    #[test]
+    fn what_a_program_writes_is_escaped_and_cut() {
+        let output = [&[b'x'; 2 * MAX_OUTPUT][..], b"\x1b[2J\xff\n"].concat();
+        let message = Ended { end: End::Exited(2), output }.message(Duration::from_secs(1));
+        assert!(message.starts_with("exit status 2; it wrote: xxx"), "{message}");
+        assert!(message.ends_with("xxx\\u{1b}[2J\\xff"), "{message}");
+        assert!(message.len() < MAX_OUTPUT + 100, "{}", message.len());
+        let silent = Ended::from(End::TimedOut);
+        let expected = "killed after 1.5 s (timeout); what it has done is not known";
+        assert_eq!(silent.message(Duration::from_millis(1500)), expected);
+    }
+}

@@ -61,3 +61,37 @@ pub fn ended_from_proto(request: proto::EndHookRequest) -> Option<Ended> {
     output.drain(..output.len().saturating_sub(MAX_OUTPUT));
     Some(Ended { end, output })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_and_ends_are_the_same_at_the_other_side() {
+        let order = Order {
+            hook: "page".into(),
+            program: "/usr/bin/page".into(),
+            arguments: vec!["a b".into()],
+            environment: [("X".to_owned(), "y".to_owned())].into(),
+            input: b"{}\n\xff".to_vec(),
+            timeout: Duration::from_millis(1500),
+            user: Some("pager".into()),
+        };
+        assert_eq!(order_from_proto(order_to_proto(7, order.clone())), (7, order));
+        for end in [
+            End::Exited(0),
+            End::Exited(3),
+            End::Signal(9),
+            End::TimedOut,
+            End::Stopped,
+            End::NotStarted("why".into()),
+        ] {
+            let ended = Ended { end, output: b"\xff".to_vec() };
+            let sent = ended_to_proto(7, ended.clone());
+            assert_eq!(sent.number, 7);
+            assert_eq!(ended_from_proto(sent), Some(ended));
+        }
+        let nothing = proto::EndHookRequest { number: 7, end: None, output: Vec::new() };
+        assert_eq!(ended_from_proto(nothing), None);
+    }
+}
