@@ -14,6 +14,8 @@ mandir     = $(PREFIX)/share/man/man1
 docdir     = $(PREFIX)/share/doc/driftd
 profiledir = $(PREFIX)/share/driftd/baselines
 unitdir    = $(PREFIX)/lib/systemd/system
+# Programs that hooks can name.
+hookdir    = $(PREFIX)/libexec/driftd
 # driftd looks for its settings here, whatever the prefix is.
 confdir    = /etc/driftd
 # Whether what is installed is for the systemd that runs here.
@@ -194,8 +196,13 @@ install: ## installs a release build, the unit, the settings, the man pages and 
 install-files:
 	install -D -m 0755 $(PROGRAM) $(DESTDIR)$(bindir)/driftd
 	install -d $(DESTDIR)$(unitdir) $(DESTDIR)$(confdir) $(DESTDIR)$(mandir) $(DESTDIR)$(docdir)
-	sed -e 's|/usr/bin/driftd|$(bindir)/driftd|' -e 's|/usr/share/doc/driftd|$(docdir)|' systemd/driftd.service > $(DESTDIR)$(unitdir)/driftd.service
-	chmod 0644 $(DESTDIR)$(unitdir)/driftd.service
+	@# The unit of the hooks is off until an administrator enables it.
+	for unit in driftd driftd-hooks; do \
+		sed -e 's|/usr/bin/driftd|$(bindir)/driftd|' -e 's|/usr/share/doc/driftd|$(docdir)|' systemd/$$unit.service > $(DESTDIR)$(unitdir)/$$unit.service && \
+		chmod 0644 $(DESTDIR)$(unitdir)/$$unit.service || exit 1; \
+	done
+	install -d $(DESTDIR)$(hookdir)
+	install -m 0755 contrib/hooks/kubernetes-delete-pod/kubernetes-delete-pod contrib/hooks/containerd-recreate/containerd-recreate $(DESTDIR)$(hookdir)/
 	install -d $(DESTDIR)$(profiledir)
 	install -m 0644 baselines/*.toml $(DESTDIR)$(profiledir)/
 	@# Settings that were edited stay.
@@ -214,19 +221,24 @@ install-files:
 	$(PROGRAM) completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd
 	$(PROGRAM) completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
 	install -m 0644 README.md SECURITY.md LICENSE docs/*.md $(DESTDIR)$(docdir)/
+	for hook in kubernetes-delete-pod containerd-recreate; do \
+		install -m 0644 contrib/hooks/$$hook/README.md $(DESTDIR)$(docdir)/hook-$$hook.md || exit 1; \
+	done
 	@if $(SYSTEMD) && systemctl --quiet is-active driftd; then \
-		echo "installed; the old program still runs; next: systemctl daemon-reload && systemctl try-restart driftd"; \
+		echo "installed; the old program still runs; next: systemctl daemon-reload && systemctl try-restart driftd driftd-hooks"; \
 	else \
 		echo "installed; next: systemctl daemon-reload && systemctl enable --now driftd"; \
 	fi
 
 uninstall: ## stops and disables driftd, removes what install has installed, keeps settings and history
-	@if $(SYSTEMD) && [ -e $(unitdir)/driftd.service ]; then $(INSTALLER) systemctl disable --now driftd; fi
-	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(mandir)/driftd.1 $(DESTDIR)$(mandir)/driftd-*.1 \
+	@if $(SYSTEMD); then for unit in driftd-hooks driftd; do \
+		[ ! -e $(unitdir)/$$unit.service ] || $(INSTALLER) systemctl disable --now $$unit || exit 1; \
+	done; fi
+	$(INSTALLER) rm -f $(DESTDIR)$(bindir)/driftd $(DESTDIR)$(unitdir)/driftd.service $(DESTDIR)$(unitdir)/driftd-hooks.service $(DESTDIR)$(mandir)/driftd.1 $(DESTDIR)$(mandir)/driftd-*.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/driftd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_driftd \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/driftd.fish
-	$(INSTALLER) rm -rf $(DESTDIR)$(docdir) $(DESTDIR)$(PREFIX)/share/driftd
+	$(INSTALLER) rm -rf $(DESTDIR)$(docdir) $(DESTDIR)$(PREFIX)/share/driftd $(DESTDIR)$(hookdir)
 	@if $(SYSTEMD); then $(INSTALLER) systemctl daemon-reload; fi
 	@echo "kept: $(DESTDIR)$(confdir) and $(DESTDIR)/var/lib/driftd"
 

@@ -3,14 +3,16 @@
 //! Owns the defaults and the checks of single settings. Reads the file and nothing else:
 //! each room applies its own settings.
 
+mod hooks;
 mod policy;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::hooks::Hook;
 pub use self::policy::{ContainerMode, Enforce, OnDoubt, PolicyFiles};
 use crate::model::{Filesystem, Kind, PathGlobs};
 
@@ -31,6 +33,9 @@ pub struct Config {
     pub respond: Respond,
     pub policy: PolicyFiles,
     pub evidence: Evidence,
+    /// Programs that rules may run, by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub hooks: BTreeMap<String, Hook>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -305,8 +310,9 @@ impl Default for Config {
                 max_bytes: 1 << 30,
             },
             respond: Respond::default(),
-            policy: PolicyFiles::default(),
+            policy: PolicyFiles { hooks: Some(BTreeSet::new()), ..PolicyFiles::default() },
             evidence: Evidence::default(),
+            hooks: BTreeMap::new(),
         }
     }
 }
@@ -505,7 +511,9 @@ impl Config {
 
     /// Parses and checks settings. The error names what is wrong, and where.
     pub fn parse(text: &str) -> Result<Config, String> {
-        let config: Config = toml::from_str(text).map_err(|err| err.to_string())?;
+        let mut config: Config = toml::from_str(text).map_err(|err| err.to_string())?;
+        hooks::check(&config.hooks)?;
+        config.policy.hooks = Some(config.hooks.keys().cloned().collect());
         if config.containerd.sockets.is_empty() {
             return Err("containerd.sockets is empty: name at least one socket".into());
         }
@@ -598,6 +606,10 @@ const LIVE: [&str; 20] = [
     "watch.probe_patience",
 ];
 
+fn is_live(name: &str) -> bool {
+    name.starts_with("hooks.") || LIVE.contains(&name)
+}
+
 /// The result of reading the settings again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reloaded {
@@ -616,10 +628,10 @@ impl Config {
         config.history = new.history.clone();
         config.respond = new.respond.clone();
         config.policy = new.policy.clone();
+        config.hooks = new.hooks.clone();
         config.watch.probe_patience = new.watch.probe_patience;
         let changed = changed_between(self, new);
-        let (applied, at_restart) =
-            changed.into_iter().partition(|name| LIVE.contains(&name.as_str()));
+        let (applied, at_restart) = changed.into_iter().partition(|name| is_live(name));
         Reloaded { config, applied, at_restart }
     }
 }
@@ -628,11 +640,14 @@ impl Config {
 fn changed_between(old: &Config, new: &Config) -> Vec<String> {
     use serde_json::Value;
     // As JSON, because TOML has no numbers beyond 2⁶³.
+    let gone = old.hooks.keys().filter(|name| !new.hooks.contains_key(*name));
+    let mut names: Vec<String> = gone.map(|name| format!("hooks.{name}")).collect();
+    let empty = Value::Object(serde_json::Map::new());
     let [old, new] = [old, new].map(|config| serde_json::to_value(config).unwrap_or_default());
     let (Value::Object(old), Value::Object(new)) = (old, new) else { return Vec::new() };
-    let mut names = Vec::new();
     for (name, value) in &new {
-        match (value, old.get(name)) {
+        let known = old.get(name).or((name == "hooks").then_some(&empty));
+        match (value, known) {
             (Value::Object(new), Some(Value::Object(old))) => {
                 let changed = new.iter().filter(|(name, value)| old.get(*name) != Some(value));
                 names.extend(changed.map(|(inner, _)| format!("{name}.{inner}")));
@@ -872,6 +887,42 @@ mod tests {
     fn a_misspelt_setting_is_refused_by_name() {
         let err = Config::parse("[respond]\nkil_on = []").unwrap_err();
         assert!(err.contains("kil_on") && err.contains("kill_on"), "{err}");
+    }
+
+    #[test]
+    fn hooks_have_defaults_and_each_fault_names_the_hook() {
+        let of = |text: &str| Config::parse(&format!("[hooks.page]\n{text}"));
+        let config = of("program = \"/usr/local/bin/page\"").unwrap();
+        let hook = &config.hooks["page"];
+        assert_eq!((hook.timeout.as_secs(), hook.wait.as_secs()), (30, 60));
+        assert!(hook.counts && !hook.retry && hook.user.is_none() && hook.arguments.is_empty());
+        assert_eq!(config.policy.hooks, Some(BTreeSet::from(["page".to_owned()])));
+        for (text, expected) in [
+            ("", "missing field `program`"),
+            ("program = \"bin/page\"", "hooks.page.program = \"bin/page\" is not an absolute path"),
+            ("program = \"/p\"\ntimeout = \"0s\"", "hooks.page.timeout is not between"),
+            ("program = \"/p\"\nwait = \"2h\"", "hooks.page.wait is not between"),
+            ("program = \"/p\"\narguments = [\"a\\u0000\"]", "hooks.page: an argument has a NUL"),
+            ("program = \"/p\"\nuser = \"\"", "`user` is empty"),
+            ("program = \"/p\"\ncount = false", "unknown field `count`"),
+        ] {
+            let err = of(text).unwrap_err();
+            assert!(err.contains(expected), "{text}: {err}");
+        }
+        let err = Config::parse("[hooks.\"a b\"]\nprogram = \"/p\"").unwrap_err();
+        assert!(err.contains("the name `a b`"), "{err}");
+    }
+
+    #[test]
+    fn changed_hooks_are_in_force_at_once() {
+        let of = |text: &str| Config::parse(text).unwrap();
+        let page = of("[hooks.page]\nprogram = \"/p\"");
+        let other = of("[hooks.other]\nprogram = \"/p\"");
+        let reloaded = page.reloaded(&other);
+        assert_eq!(reloaded.applied, ["hooks.page", "hooks.other"]);
+        assert_eq!(reloaded.config.hooks, other.hooks);
+        assert_eq!(Config::default().reloaded(&page).applied, ["hooks.page"]);
+        assert_eq!(page.reloaded(&Config::default()).applied, ["hooks.page"]);
     }
 
     #[test]

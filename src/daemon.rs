@@ -26,6 +26,7 @@ use crate::gate::{self, Gate};
 use crate::guardian::{Guardian, Heart};
 use crate::health::{Gating, Health, Missing};
 use crate::history::{self, History, Keep, Reader, Record};
+use crate::hooks::Queue;
 use crate::journal;
 use crate::model::session::MAX_COMMANDS;
 use crate::model::{Command, Session, SessionState};
@@ -129,6 +130,9 @@ pub fn run(
     let (gave_up_sender, gave_up) = mpsc::unbounded_channel();
     health.threads.on_give_up(move |reason| drop(gave_up_sender.send(reason)));
 
+    let hooks = Queue::default();
+    let waiting = hooks.clone();
+    health.threads.show_queue("hooks", Box::new(move || waiting.waiting()));
     let lane = lane_to(&watch);
     let (end_api, api_ends) = oneshot::channel::<()>();
     let containerd = {
@@ -156,8 +160,10 @@ pub fn run(
             images: Arc::new(containerd.clone()),
             policy_reloads,
             evidence: keeper.store().clone(),
+            hooks: hooks.clone(),
         },
         keeper: keeper.clone(),
+        hooks,
         rules,
         policy_reloads: policy_reload_requests,
         containerd: containerd.clone(),
@@ -378,6 +384,7 @@ fn command_for(urgent: Urgent) -> SensorCommand {
 struct Serving {
     backend: api::Backend,
     keeper: Keeper,
+    hooks: Queue,
     rules: Rules,
     policy_reloads: mpsc::Receiver<api::PolicyReload>,
     containerd: Containerd,
@@ -404,6 +411,7 @@ async fn serve(
     let Serving {
         backend,
         keeper,
+        hooks,
         rules,
         policy_reloads,
         containerd,
@@ -416,7 +424,7 @@ async fn serve(
         api_ends,
         ends,
     } = serving;
-    tokio::spawn(respond::run(containerd, keeper, response_requests, response_sender));
+    tokio::spawn(respond::run(containerd, keeper, hooks, response_requests, response_sender));
     let listener = api::Listener::bind(&config.socket)?;
     let requests = backend.requests.clone();
     let reloading = Reloading { config: config.clone(), rules, keep, requests, policy_reloads };

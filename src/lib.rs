@@ -17,6 +17,7 @@ pub mod policy;
 
 pub mod pipeline;
 
+pub mod hooks;
 pub mod replay;
 pub mod respond;
 

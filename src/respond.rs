@@ -19,14 +19,17 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::containerd::{Containerd, Error, Killed};
+pub use crate::hooks::HookCall;
 use crate::model::{
     Answer, CaseId, Container, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity,
     RootfsPath, Sha256Hash,
 };
 
 mod evidence;
+mod hook;
 mod turns;
 
+pub use hook::hook_of;
 pub use turns::run;
 
 /// The action of the record that a killed container was started again. No request causes it.
@@ -45,6 +48,8 @@ pub const BEGIN_EVIDENCE: &str = "begin-evidence";
 pub enum Action {
     /// Takes evidence, and changes nothing.
     Evidence,
+    /// Runs a program of the administrator.
+    Hook,
     /// Kills one process.
     KillProcess,
     Kill,
@@ -56,6 +61,7 @@ impl From<Answer> for Action {
     fn from(answer: Answer) -> Action {
         match answer {
             Answer::Evidence => Action::Evidence,
+            Answer::Hook => Action::Hook,
             // What was not denied is killed.
             Answer::Deny | Answer::KillProcess => Action::KillProcess,
             Answer::Pause => Action::Pause,
@@ -68,6 +74,7 @@ impl Action {
     pub fn name(self) -> &'static str {
         match self {
             Action::Evidence => "evidence",
+            Action::Hook => "hook",
             Action::KillProcess => "kill-process",
             Action::Kill => "kill",
             Action::Pause => "pause",
@@ -77,7 +84,7 @@ impl Action {
 }
 
 /// A response that a client or the settings request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ResponseRequest {
     /// Identifies the response to this request. No two requests have the same.
     pub ticket: u64,
@@ -101,6 +108,8 @@ pub struct ResponseRequest {
     pub no_restart: bool,
     /// For evidence: what is to be taken.
     pub evidence: Option<Box<Order>>,
+    /// For a hook: which one, and what it gets.
+    pub hook: Option<Box<HookCall>>,
 }
 
 impl ResponseRequest {
@@ -124,6 +133,10 @@ impl ResponseRequest {
 
     fn ended(&self, succeeded: bool, gone: bool, message: String) -> Response {
         let action = self.action.name().to_owned();
+        let message = match &self.hook {
+            Some(call) => format!("{}{}: {message}", hook::BEGIN, call.name),
+            None => message,
+        };
         Response {
             ticket: self.ticket,
             container: self.container.clone(),
@@ -389,7 +402,8 @@ pub struct Response {
     /// What the limits of rules count: its pod, as `NAMESPACE/NAME`, and its image.
     pub pod: Option<String>,
     pub image: Option<String>,
-    /// Whether it has changed anything: a container may have been paused already.
+    /// Whether it has changed anything: a container may have been paused already. If it has
+    /// failed: whether it may have, and must not be asked for again.
     pub changed: bool,
     /// The case into which evidence was taken, with its digest.
     pub case: Option<KeptCase>,
@@ -435,6 +449,8 @@ async fn send_to(runtime: &impl Runtime, request: &ResponseRequest) -> Result<Ki
             restarter: None,
             changed: false,
         }),
+        // Elsewhere a runner does it.
+        Action::Hook => Ok(done("exit status 0 (a replay runs no program)".into())),
         Action::Pause => runtime.pause(container, *meant).await,
         Action::Resume => runtime.resume(container, *meant).await.map(done),
     }

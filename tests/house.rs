@@ -47,6 +47,7 @@ const PUBLISHED: &[&str] = &["left_to_sweeps", "sweep_interval"];
 const TEXTS: &[&str] = &[
     ".ci",
     "benches",
+    "contrib",
     "docs",
     "findings",
     "fuzz/fuzz_targets",

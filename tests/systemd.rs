@@ -1,4 +1,4 @@
-//! The shipped unit, as systemd itself reads it.
+//! The shipped units, as systemd itself reads them.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -8,22 +8,26 @@ use tempfile::TempDir;
 /// systemd's exposure level of the service, in tenths. A daemon that needs fanotify and an
 /// unrestricted /proc cannot have zero; the level must not grow.
 const EXPOSURE: &str = "39";
+/// That of the runner of hooks, which has the network.
+const EXPOSURE_OF_HOOKS: &str = "26";
 
 const UNIT: &str = include_str!("../systemd/driftd.service");
+const HOOKS: &str = include_str!("../systemd/driftd-hooks.service");
+const UNITS: [(&str, &str); 2] = [("driftd.service", UNIT), ("driftd-hooks.service", HOOKS)];
 
-/// The unit with the built program, because systemd checks that the program exists.
-fn unit() -> (TempDir, PathBuf) {
+/// A unit with the built program, because systemd checks that the program exists.
+fn unit((name, text): (&str, &str)) -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
-    let file = directory.path().join("driftd.service");
-    let installed = "=/usr/bin/driftd run";
-    assert!(UNIT.contains(installed));
-    let built = format!("={} run", env!("CARGO_BIN_EXE_driftd"));
-    std::fs::write(&file, UNIT.replace(installed, &built)).unwrap();
+    let file = directory.path().join(name);
+    let installed = "=/usr/bin/driftd ";
+    assert!(text.contains(installed));
+    let built = format!("={} ", env!("CARGO_BIN_EXE_driftd"));
+    std::fs::write(&file, text.replace(installed, &built)).unwrap();
     (directory, file)
 }
 
-fn systemd_analyze(arguments: &[&str]) -> Output {
-    let (_directory, unit) = unit();
+fn systemd_analyze(arguments: &[&str], of: (&str, &str)) -> Output {
+    let (_directory, unit) = unit(of);
     Command::new("systemd-analyze")
         .args(arguments)
         .arg(unit)
@@ -41,21 +45,26 @@ fn text_of(output: &Output) -> String {
 
 #[test]
 fn systemd_understands_every_line_of_the_unit() {
-    let output = systemd_analyze(&["verify", "--man=no"]);
-    assert!(output.status.success(), "{}", text_of(&output));
-    // An unknown setting is a warning and no error. systemd ignores a system call that it
-    // does not know yet, and driftd works without it.
-    let newer = "Failed to parse system call, ignoring: listmount";
-    let text = text_of(&output);
-    let mut others = text.lines().filter(|line| !line.contains(newer));
-    assert!(!others.any(|line| line.contains("driftd.service:")), "{text}");
+    for unit in UNITS {
+        let output = systemd_analyze(&["verify", "--man=no"], unit);
+        assert!(output.status.success(), "{}", text_of(&output));
+        // An unknown setting is a warning and no error. systemd ignores a system call that it
+        // does not know yet, and driftd works without it.
+        let newer = "Failed to parse system call, ignoring: listmount";
+        let text = text_of(&output);
+        let mut others = text.lines().filter(|line| !line.contains(newer));
+        let name = format!("{}:", unit.0);
+        assert!(!others.any(|line| line.contains(&name)), "{text}");
+    }
 }
 
 #[test]
 fn the_units_exposure_has_not_grown() {
-    let threshold = format!("--threshold={EXPOSURE}");
-    let output = systemd_analyze(&["security", "--offline=true", &threshold]);
-    assert!(output.status.success(), "{}", text_of(&output));
+    for (unit, exposure) in UNITS.into_iter().zip([EXPOSURE, EXPOSURE_OF_HOOKS]) {
+        let threshold = format!("--threshold={exposure}");
+        let output = systemd_analyze(&["security", "--offline=true", &threshold], unit);
+        assert!(output.status.success(), "{}", text_of(&output));
+    }
 }
 
 #[test]

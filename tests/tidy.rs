@@ -23,7 +23,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("detect", &["baseline", "model"]),
     ("inventory", &["baseline", "budget", "model"]),
     ("history", &["health", "model", "respond", "threads"]),
-    ("respond", &["containerd", "model"]),
+    ("hooks", &["config", "model", "sys"]),
+    ("respond", &["containerd", "hooks", "model"]),
     ("evidence", &["config", "health", "history", "model", "respond", "sys", "threads"]),
     (
         "replay",
@@ -66,6 +67,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "evidence",
             "health",
             "history",
+            "hooks",
             "model",
             "pipeline",
             "policy",
@@ -87,6 +89,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "guardian",
             "health",
             "history",
+            "hooks",
             "model",
             "pipeline",
             "policy",
@@ -115,7 +118,8 @@ const WINGS: &[(&str, &[&str])] = &[
 const WIRING: &[&str] = &["daemon", "lib", "main"];
 
 /// The rooms that wait for sockets. Disks and the kernel are read by plain threads.
-const ASYNC: &[&str] = &["api", "cli", "containerd", "daemon", "journal", "main", "respond"];
+const ASYNC: &[&str] =
+    &["api", "cli", "containerd", "daemon", "hooks", "journal", "main", "respond"];
 
 struct Source {
     room: String,

@@ -32,9 +32,10 @@ pub(super) fn unreadable(err: &serde_json::Error) -> Status {
 
 pub(super) fn lookup_failed(err: &LookupError) -> Status {
     match err {
-        LookupError::Unknown(_) | LookupError::NotWhole(..) | LookupError::UnknownProbe(_) => {
-            Status::not_found(err.to_string())
-        }
+        LookupError::Unknown(_)
+        | LookupError::NotWhole(..)
+        | LookupError::UnknownProbe(_)
+        | LookupError::UnknownHook(_) => Status::not_found(err.to_string()),
         LookupError::Ambiguous(..) => Status::invalid_argument(err.to_string()),
         LookupError::NotWatched(..) | LookupError::Gone(_) | LookupError::RunGone(_) => {
             Status::failed_precondition(err.to_string())

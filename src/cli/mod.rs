@@ -25,6 +25,7 @@ mod evidence;
 mod findings;
 mod follow;
 mod gap;
+mod hooks;
 mod members;
 mod metrics;
 mod output;
@@ -109,12 +110,14 @@ enum Command {
     /// Check, list and explain the rules that decide what happens to findings
     #[command(subcommand)]
     Policy(policy::Policy),
-    /// Respond to drift: kill, pause or resume a container, or kill a process
+    /// Respond to drift: kill, pause or resume a container, kill a process, or run a hook
     #[command(subcommand)]
     Respond(respond::Respond),
     /// Take, list, verify and export evidence of containers
     #[command(subcommand)]
     Evidence(evidence::Evidence),
+    /// Run the programs of hooks, as the daemon asks for them, until it is stopped
+    Hooks(hooks::Hooks),
     /// Play a text file as if it were a node, and show what driftd reports of it
     Replay(replay::Replay),
     /// Print the completions of a shell
@@ -146,13 +149,10 @@ impl Run {
     fn run(self, socket: Option<&Path>) -> anyhow::Result<Exit> {
         let config = self.settings.load(socket)?;
         if self.check {
-            return Ok(match policy::faults(&config.policy) {
-                None => Exit::Clean,
-                Some(faults) => {
-                    eprintln!("{faults}");
-                    Exit::Usage
-                }
-            });
+            let mut faults = crate::hooks::faults(&config.hooks);
+            faults.extend(policy::faults(&config.policy));
+            faults.iter().for_each(|fault| eprintln!("{fault}"));
+            return Ok(if faults.is_empty() { Exit::Clean } else { Exit::Usage });
         }
         let socket = socket.map(Path::to_path_buf);
         let reread = move || self.settings.load(socket.as_deref());
@@ -228,6 +228,7 @@ impl Cli {
             Command::Policy(policy) => policy.run(reader),
             Command::Respond(respond) => respond.run(server),
             Command::Evidence(evidence) => evidence.run(server),
+            Command::Hooks(hooks) => hooks.run(server),
             Command::Replay(replay) => replay.run(),
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(directory.as_deref()),

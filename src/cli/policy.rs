@@ -238,6 +238,9 @@ struct RuleJson {
     effect: String,
     severity: Option<String>,
     answers: Vec<String>,
+    /// The hook that it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hook: Option<String>,
     pinned: bool,
     file: String,
     line: u32,
@@ -257,6 +260,7 @@ fn rule_json(rule: proto::PolicyRule) -> anyhow::Result<RuleJson> {
         effect: rule.effect,
         severity: rule.severity,
         answers: rule.answers,
+        hook: rule.hook,
         pinned: rule.pinned,
         file: rule.file,
         line: rule.line,
@@ -290,6 +294,9 @@ impl Listed for RuleJson {
         };
         for answer in &self.answers {
             effect += &format!(", {answer}");
+            if let Some(hook) = self.hook.as_ref().filter(|_| answer == "hook") {
+                effect += &format!(" {hook}");
+            }
         }
         if self.pinned {
             effect += ", pinned";

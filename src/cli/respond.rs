@@ -1,5 +1,5 @@
-//! `driftd respond`: kills, pauses or resumes a container, kills one of its processes, and lets
-//! rules answer again that were stopped.
+//! `driftd respond`: kills, pauses or resumes a container, kills one of its processes, runs a
+//! hook, and lets rules answer again that were stopped.
 //!
 //! Sends the request and prints the outcome. Decides nothing: the daemon checks the container,
 //! the run and the reason.
@@ -41,6 +41,19 @@ pub(super) enum Respond {
     Pause(Target),
     /// Thaw a paused container
     Resume(Target),
+    /// Run a hook of the settings for a finding
+    Hook {
+        /// The hook, by its name in the settings
+        name: String,
+        /// The finding that the program gets. Refused if that run of its container is over
+        #[arg(long, value_name = "ID")]
+        finding: String,
+        /// Why: the history keeps it
+        #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        reason: String,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Let a rule answer again that was stopped, because it would have answered in too many
     /// containers
     ResumeAnswers {
@@ -102,7 +115,13 @@ struct ResumedJson {
 
 impl Respond {
     pub(super) fn run(self, socket: &Path) -> anyhow::Result<Exit> {
+        let mut hook = String::new();
         let (action, target, no_restart, pid) = match self {
+            Respond::Hook { name, finding, reason, output } => {
+                hook = name;
+                let target = Target { container: None, finding: Some(finding), reason, output };
+                (Action::Hook, target, false, None)
+            }
             Respond::Kill { target, no_restart } => (Action::Kill, target, no_restart, None),
             Respond::KillProcess { target, pid } => (Action::KillProcess, target, false, pid),
             Respond::Pause(target) => (Action::Pause, target, false, None),
@@ -118,6 +137,7 @@ impl Respond {
             reason: target.reason,
             no_restart,
             pid: pid.unwrap_or_default(),
+            hook,
         };
         let json = talk(socket, |client| send(client, request))?;
         one(&json, target.output.format, || text(&json))?;

@@ -2,6 +2,7 @@
 //!
 //! Owns the values alone. `policy` reads the files, and decides.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -35,6 +36,10 @@ pub struct PolicyFiles {
     pub container_modes: Vec<ContainerMode>,
     /// minisign's public key. If it is given, the policy files need a signature by it.
     pub public_key: String,
+    /// The names of the hooks of the settings: a rule that names another one is refused. `None`
+    /// where the settings are not known.
+    #[serde(skip)]
+    pub hooks: Option<BTreeSet<String>>,
 }
 
 /// Whether the answers of rules are carried out. `respond.kill_on` does not depend on it.
@@ -99,6 +104,7 @@ impl Default for PolicyFiles {
             on_unknown: OnDoubt::Allow,
             container_modes: Vec::new(),
             public_key: String::new(),
+            hooks: None,
         }
     }
 }

@@ -75,6 +75,7 @@ fn task(upper: &Path, number: u8) -> Task {
         requested_at: Timestamp::UNIX_EPOCH,
         finding: None,
         no_restart: false,
+        hook: None,
         evidence: None,
     };
     let specification = Ok(br#"{"process":{"env":["TOKEN=hunter2"]}}"#.to_vec());

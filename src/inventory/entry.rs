@@ -22,6 +22,9 @@ use crate::model::{
 const MAX_ENDED: usize = 64;
 /// Responses to processes of one run that are remembered, and refusals of others.
 const MAX_ANSWERS: usize = 1024;
+/// The hooks among them, and those of them that wait or are to be tried again.
+const MAX_HOOKS: usize = 256;
+const MAX_WAITING_HOOKS: usize = 16;
 
 /// Everything about one container.
 #[derive(Debug, Default)]
@@ -99,6 +102,8 @@ pub struct Answering {
     pub incarnation: Incarnation,
     /// The process that is meant, if it is not the whole run.
     pub process: Option<ProcessIdentity>,
+    /// Which hook, if it is one.
+    pub hook: Option<String>,
     pub kind: Kind,
     pub finding: FindingId,
     /// The rule that asks for it.
@@ -191,6 +196,22 @@ impl CurrentRun {
             }
         }
         true
+    }
+
+    /// Makes room for a hook, so that hooks do not take the room of other answers: the oldest one
+    /// that has ended is forgotten. False if too many wait.
+    pub fn make_room_for_hook(&mut self) -> bool {
+        let is_hook = |one: &&Answering| one.action == Answer::Hook;
+        let is_waiting = |one: &&Answering| one.ticket.is_some() || one.due.is_some();
+        if self.answers.iter().filter(is_hook).filter(is_waiting).count() >= MAX_WAITING_HOOKS {
+            return false;
+        }
+        if self.answers.iter().filter(is_hook).count() >= MAX_HOOKS {
+            let is_over = |one: &Answering| is_hook(&one) && !is_waiting(&one);
+            let oldest = self.answers.iter().position(is_over);
+            oldest.map(|at| self.answers.remove(at));
+        }
+        self.make_room(true)
     }
 
     pub fn remember_answer(&mut self, answer: Answering) {

@@ -453,6 +453,7 @@ pub enum Disposition {
     Accept,
     /// It is reported and answered; this is the strongest of the answers.
     Evidence,
+    Hook,
     Deny,
     KillProcess,
     Pause,
@@ -464,6 +465,7 @@ impl Disposition {
         Disposition::Report,
         Disposition::Accept,
         Disposition::Evidence,
+        Disposition::Hook,
         Disposition::Deny,
         Disposition::KillProcess,
         Disposition::Pause,
@@ -475,6 +477,7 @@ impl Disposition {
             Disposition::Report => "report",
             Disposition::Accept => "accept",
             Disposition::Evidence => "evidence",
+            Disposition::Hook => "hook",
             Disposition::Deny => "deny",
             Disposition::KillProcess => "kill-process",
             Disposition::Pause => "pause",
@@ -489,6 +492,8 @@ impl Disposition {
 pub enum Answer {
     /// Evidence is taken. It changes nothing, and comes before all that does.
     Evidence,
+    /// A program of the administrator runs.
+    Hook,
     /// The program is not executed. What has run nevertheless is killed.
     Deny,
     /// The process that did it is killed.
@@ -500,12 +505,19 @@ pub enum Answer {
 }
 
 impl Answer {
-    pub const ALL: &'static [Answer] =
-        &[Answer::Evidence, Answer::Deny, Answer::KillProcess, Answer::Pause, Answer::Kill];
+    pub const ALL: &'static [Answer] = &[
+        Answer::Evidence,
+        Answer::Hook,
+        Answer::Deny,
+        Answer::KillProcess,
+        Answer::Pause,
+        Answer::Kill,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Answer::Evidence => "evidence",
+            Answer::Hook => "hook",
             Answer::Deny => "deny",
             Answer::KillProcess => "kill-process",
             Answer::Pause => "pause",
@@ -517,6 +529,7 @@ impl Answer {
     pub fn disposition(self) -> Disposition {
         match self {
             Answer::Evidence => Disposition::Evidence,
+            Answer::Hook => Disposition::Hook,
             Answer::Deny => Disposition::Deny,
             Answer::KillProcess => Disposition::KillProcess,
             Answer::Pause => Disposition::Pause,
@@ -532,12 +545,15 @@ pub struct RuleAnswer {
     pub rule: String,
     /// It is not carried out, because `policy.enforce` is `dry-run`.
     pub dry_run: bool,
+    /// Which hook, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hook: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub disposition: Disposition,
-    /// The strongest response that the policy requests: `evidence`, `deny`, `kill-process`, `pause` or
+    /// The strongest response that the policy requests: `evidence`, `hook`, `deny`, `kill-process`, `pause` or
     /// `kill`; null if it only reports.
     pub action: Option<String>,
     /// The rule that decided: an exception, the one whose response is requested, or the one

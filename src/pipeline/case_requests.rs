@@ -92,6 +92,7 @@ impl State {
             requested_at: now,
             finding: Some(finding),
             no_restart: false,
+            hook: None,
             evidence: order.map(Box::new),
         };
         let record = |response| Effect::Record(Record::Response(Box::new(response)));

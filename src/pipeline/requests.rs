@@ -10,7 +10,7 @@ use super::breaker::StoppedRule;
 use super::gaps::Gap;
 pub use crate::detect::Change as DifferenceKind;
 use crate::model::{
-    Container, ContainerId, FindingId, Incarnation, Kind, Probe, ProbeId, ProcessIdentity,
+    Container, ContainerId, Finding, FindingId, Incarnation, Kind, Probe, ProbeId, ProcessIdentity,
     RootfsPath, Severity,
 };
 use crate::policy::Policy;
@@ -41,6 +41,8 @@ pub enum ApiRequest {
         no_restart: bool,
         /// For evidence: the values of environment variables are kept, too.
         environment: bool,
+        /// For a hook: its name, and the finding that it gets.
+        hook: Option<Box<(String, Finding)>>,
         reply: oneshot::Sender<Result<Response, LookupError>>,
     },
     /// Lets the answers of a rule, or of all rules, be carried out again. The reply names those
@@ -149,6 +151,8 @@ pub enum LookupError {
     NotWatched(String, String),
     #[error("probe {0} belongs to no container on this node (see: driftd probes)")]
     UnknownProbe(ProbeId),
+    #[error("the settings have no hook `{0}` ([hooks.NAME] in /etc/driftd/driftd.toml)")]
+    UnknownHook(String),
     #[error("driftd is stopping")]
     Stopping,
 }

@@ -3,6 +3,9 @@
 //! A kill or a pause is requested once for a run, a kill of a process once for each process, and
 //! again while it fails. `breaker` limits how much rules may do. `respond` carries it out.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use jiff::{SignedDuration, Timestamp};
 
 use super::breaker::{Asked, Refusal, StoppedRule};
@@ -10,16 +13,17 @@ use super::evidence::Emission;
 use super::messages::Effect;
 use super::process_kills::ProcessKills;
 use super::state::{ResponseReply, State, successful_kill};
+use crate::health::Failure;
 use crate::history::Record;
 use crate::inventory::{Answering, Entry, Killed};
 use crate::model::{
     Answer, ContainerId, FindingId, Incarnation, Kind, Outcome, ProcessIdentity, RootfsPath,
     RuleAnswer, Verdict,
 };
-use crate::policy::KILL_ON;
+use crate::policy::{Hook, KILL_ON};
 use crate::respond::{
-    Action, BEGIN_EVIDENCE, RESTART, RESUME_ANSWERS, Response, ResponseRequest, STOP_ANSWERS,
-    TOO_MANY,
+    Action, BEGIN_EVIDENCE, HookCall, RESTART, RESUME_ANSWERS, Response, ResponseRequest,
+    STOP_ANSWERS, TOO_MANY, hook_of,
 };
 
 /// The pauses before a failed response is tried again: each is twice as long as the last one.
@@ -29,6 +33,8 @@ const LONGEST_PAUSE: SignedDuration = SignedDuration::from_secs(300);
 /// asked for and recorded again.
 const REFUSED: SignedDuration = SignedDuration::from_secs(60);
 const MOST_REFUSED: SignedDuration = SignedDuration::from_secs(600);
+/// The message of a hook that has no room.
+const TOO_MANY_HOOKS: &str = "too many hooks of this container wait already";
 /// The outcome of a denial.
 const DENIED: &str = "not executed: execve(2) failed with EPERM";
 
@@ -96,7 +102,13 @@ impl State {
         let action = if is_denial { Answer::KillProcess } else { answer.action };
         let process = actor.process.filter(|_| action == Answer::KillProcess);
         let (number, limits) = (self.ticket(), self.policy.limits);
+        let hook = answer.hook.clone().filter(|_| action == Answer::Hook);
+        // One that may end a container is asked for once for its run, as a kill is.
+        let ends_nothing = hook.as_ref().is_some_and(|hook| self.ends_nothing(hook));
         let Some(entry) = self.inventory.get_mut(container) else { return };
+        if ends_nothing && has_run(entry, finding, hook.as_deref()) {
+            return;
+        }
         let meant =
             actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
         // The run that did it has ended: the current one is another.
@@ -104,6 +116,8 @@ impl State {
         let is_it = |one: &Answering| {
             one.action == action
                 && one.process == process
+                && one.hook == hook
+                && (!ends_nothing || one.finding == finding || one.refused.is_some())
                 && is_same_run(&one.incarnation, &incarnation)
                 // A limit of one rule is none of another.
                 && (one.refused.is_none() || one.rule == answer.rule)
@@ -111,7 +125,10 @@ impl State {
         // After a clock was set back, it would last.
         let is_over = |until: Timestamp| until <= now || until.duration_since(now) > MOST_REFUSED;
         entry.run.forget_answers(|one| is_it(one) && one.refused.is_some_and(is_over));
-        if entry.run.answers().any(is_it) {
+        if let Some(known) = entry.run.answers().find(|one| is_it(one)) {
+            // The turn of another finding was refused, and this one has none.
+            let is_lost = ends_nothing && known.finding != finding;
+            let _ = is_lost.then(|| self.health.record(Failure::ResponseQueueFull));
             return;
         }
         let answering = Answering {
@@ -119,6 +136,7 @@ impl State {
             action,
             incarnation,
             process,
+            hook,
             kind,
             finding,
             rule: answer.rule.clone(),
@@ -131,16 +149,9 @@ impl State {
         let is_init = |one: ProcessIdentity| [entry.run.init, actor.init].contains(&Some(one));
         let is_whole = action != Answer::KillProcess || process.is_some_and(is_init);
         let asked = asked_in(container, entry, &answering, is_whole);
-        let refused = match process {
-            None if action == Answer::KillProcess => Some("no process is known that did it"),
-            Some(ProcessIdentity { start_time: 0, .. }) => {
-                Some("the process had ended before it was known well enough to be killed")
-            }
-            _ if !entry.run.make_room(is_whole) => Some(TOO_MANY),
-            _ => None,
-        };
-        let permitted = match refused {
+        let permitted = match impossible(entry, &answering, is_whole) {
             Some(why) => Err(Refusal::Limit(why.to_owned())),
+            None if ends_nothing => Ok(()),
             None => self.responses.breaker.permit(asked, limits, now),
         };
         match permitted {
@@ -148,17 +159,7 @@ impl State {
                 entry.run.remember_answer(answering);
                 self.request_answer(container, number, now, effects);
             }
-            Err(refusal) => {
-                let time = match &refusal {
-                    Refusal::Limit(_) => REFUSED,
-                    Refusal::Stopped(..) => MOST_REFUSED,
-                };
-                let refused = Some(now.saturating_add(time).unwrap_or(Timestamp::MAX));
-                if entry.run.make_room(false) {
-                    entry.run.remember_answer(Answering { refused, ..answering.clone() });
-                }
-                self.refuse(container, &answering, refusal, now, effects);
-            }
+            Err(refusal) => self.refuse(container, &answering, refusal, now, effects),
         }
     }
 
@@ -208,7 +209,7 @@ impl State {
         }
     }
 
-    /// Records an answer that is not carried out.
+    /// Records an answer that is not carried out, and remembers that for a time.
     fn refuse(
         &mut self,
         container: &ContainerId,
@@ -217,8 +218,23 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        let time = match &refusal {
+            Refusal::Limit(_) => REFUSED,
+            Refusal::Stopped(..) => MOST_REFUSED,
+        };
+        if let Some(entry) = self.inventory.get_mut(container)
+            && entry.run.make_room(false)
+        {
+            let refused = Some(now.saturating_add(time).unwrap_or(Timestamp::MAX));
+            entry.run.remember_answer(Answering { refused, ..answering.clone() });
+        }
         let message = match refusal {
-            Refusal::Limit(why) => format!("not carried out: {why}"),
+            Refusal::Limit(why) => {
+                if why == TOO_MANY_HOOKS {
+                    let _ = self.health.record(Failure::ResponseQueueFull);
+                }
+                format!("not carried out: {why}")
+            }
             Refusal::Stopped(stopped, is_new) => {
                 if is_new {
                     self.report_stopped(&stopped, effects);
@@ -278,7 +294,7 @@ impl State {
 
     /// Takes in the responses of the history that count for the limits, oldest first.
     pub fn remember_answers(&mut self, responses: Vec<Response>) {
-        let breaker = &mut self.responses.breaker;
+        let (breaker, hooks) = (&mut self.responses.breaker, &self.policy.hooks);
         for response in responses {
             let Response { container, incarnation, process, pod, image, .. } = response;
             let Response { requested_by, requested_at, reason, outcome, .. } = response;
@@ -298,7 +314,10 @@ impl State {
                 action
                     if [Answer::Evidence.name(), Answer::Deny.name(), BEGIN_EVIDENCE]
                         .contains(&action) => {}
-                action if outcome.succeeded => {
+                _ if outcome.succeeded
+                    && !hook_of(&outcome).is_some_and(|hook| ends_nothing(hooks, hook)) =>
+                {
+                    let action = &*outcome.action;
                     let Some(rule) = rule_of(&requested_by) else { continue };
                     let is_init = |process: ProcessIdentity| {
                         incarnation.is_some_and(|run| run.pid == process.pid)
@@ -337,7 +356,22 @@ impl State {
             finding: Some(answering.finding),
             no_restart: answering.action == Answer::Kill && self.policy.stop_restarts,
             evidence: None,
+            hook: self.hook_call(container, answering),
         }
+    }
+
+    /// The hook of an answer, with what it gets. `None` if it is no hook, or if its finding is
+    /// not kept any more.
+    fn hook_call(&self, container: &ContainerId, answering: &Answering) -> Option<Box<HookCall>> {
+        let name = answering.hook.clone()?;
+        let finding = self.inventory.get(container)?.findings.get(&answering.finding)?.clone();
+        let settings = self.policy.hooks.get(&name).cloned();
+        let rule = Some(answering.rule.clone());
+        Some(Box::new(HookCall { name, settings, rule, finding }))
+    }
+
+    fn ends_nothing(&self, hook: &str) -> bool {
+        ends_nothing(&self.policy.hooks, hook)
     }
 
     /// Requests a response that a container's entry holds.
@@ -383,7 +417,7 @@ impl State {
             let is_it = |one: &&mut Answering| one.ticket == Some(response.ticket);
             if let Some(answering) = entry.run.answers_mut().find(is_it) {
                 answering.ticket = None;
-                if response.outcome.succeeded || response.outcome.gone {
+                if response.outcome.succeeded || response.outcome.gone || response.changed {
                     if !response.changed || response.outcome.gone {
                         self.responses.breaker.take_back(answering.number);
                     }
@@ -630,6 +664,31 @@ fn about_rule(
             at,
         },
     }
+}
+
+/// Why an answer cannot be requested, whatever the limits of rules say. Makes room for it.
+fn impossible(entry: &mut Entry, answering: &Answering, is_whole: bool) -> Option<&'static str> {
+    match answering.process {
+        None if answering.action == Answer::KillProcess => Some("no process is known that did it"),
+        Some(ProcessIdentity { start_time: 0, .. }) => {
+            Some("the process had ended before it was known well enough to be killed")
+        }
+        _ if answering.action == Answer::Hook => {
+            (!entry.run.make_room_for_hook()).then_some(TOO_MANY_HOOKS)
+        }
+        _ => (!entry.run.make_room(is_whole)).then_some(TOO_MANY),
+    }
+}
+
+/// Whether the limits of rules do not count a hook.
+fn ends_nothing(hooks: &BTreeMap<String, Arc<Hook>>, name: &str) -> bool {
+    hooks.get(name).is_some_and(|hook| !hook.counts)
+}
+
+/// Whether a hook has run for a finding, perhaps before driftd was started.
+fn has_run(entry: &Entry, finding: FindingId, hook: Option<&str>) -> bool {
+    let outcome = entry.findings.get(&finding).and_then(|finding| finding.outcome.as_ref());
+    outcome.is_some_and(|outcome| outcome.succeeded && hook_of(outcome) == hook)
 }
 
 fn pause_after(failures: u32) -> SignedDuration {

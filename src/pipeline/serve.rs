@@ -12,9 +12,11 @@ use super::responses::{Actor, is_same_run};
 use super::state::State;
 use super::status::view;
 use crate::inventory::{BaselineState, WatchState};
-use crate::model::{ContainerId, FindingId, Incarnation, OverlayDirs, RootfsPath, printable};
+use crate::model::{
+    ContainerId, Finding, FindingId, Incarnation, OverlayDirs, RootfsPath, printable,
+};
 use crate::policy::Policy;
-use crate::respond::{Action, Order, ResponseRequest};
+use crate::respond::{Action, HookCall, Order, ResponseRequest};
 use crate::watch::SensorCommand;
 
 /// How many containers are named to a client that may have meant one of them.
@@ -72,14 +74,17 @@ impl State {
                 requested_by,
                 no_restart,
                 environment,
+                hook,
                 reply,
             } => {
                 let cause = cause.map(|cause| *cause);
-                match self.respondable(&container, cause.map(|(_, run)| run)) {
+                let found = self.respondable(&container, cause.map(|(_, run)| run));
+                let found = found.and_then(|found| Ok((found, self.hook_by_hand(hook)?)));
+                match found {
                     Err(err) => {
                         let _ = reply.send(Err(err));
                     }
-                    Ok((container, incarnation)) => {
+                    Ok(((container, incarnation), hook)) => {
                         let finding = cause.map(|(finding, _)| finding);
                         let evidence = (action == Action::Evidence)
                             .then(|| {
@@ -100,6 +105,7 @@ impl State {
                             finding,
                             no_restart,
                             evidence,
+                            hook,
                         };
                         self.request_response(request, Some(reply), effects);
                     }
@@ -131,6 +137,19 @@ impl State {
             environment,
         };
         wanted.order(entry, container, now).map(Box::new)
+    }
+
+    /// The hook that a user asks for.
+    fn hook_by_hand(
+        &self,
+        hook: Option<Box<(String, Finding)>>,
+    ) -> Result<Option<Box<HookCall>>, LookupError> {
+        let Some((name, finding)) = hook.map(|hook| *hook) else { return Ok(None) };
+        let settings = self.policy.hooks.get(&name).cloned();
+        match settings {
+            None => Err(LookupError::UnknownHook(printable(name.as_bytes()))),
+            Some(_) => Ok(Some(Box::new(HookCall { name, settings, rule: None, finding }))),
+        }
     }
 
     /// Lets the sensors compare a container. The reply is sent when they have ended.

@@ -49,7 +49,30 @@ pub fn read(from: &PolicyFiles, owners: Owners) -> Result<Loaded, Refused> {
     if !reading.faults.is_empty() {
         return Err(Refused(reading.faults));
     }
-    Ok(Loaded { has_directory, signed, ..parse(&from.dir, files)? })
+    let loaded = Loaded { has_directory, signed, ..parse(&from.dir, files)? };
+    let faults = unknown_hooks(&loaded, from);
+    if faults.is_empty() { Ok(loaded) } else { Err(Refused(faults)) }
+}
+
+/// Rules that name a hook which the settings do not have, if the settings are known.
+fn unknown_hooks(loaded: &Loaded, from: &PolicyFiles) -> Vec<Fault> {
+    let Some(known) = &from.hooks else { return Vec::new() };
+    let unknown = loaded.rules.rules().iter().filter_map(|rule| {
+        let hook = rule.hook.as_deref().filter(|hook| !known.contains(*hook))?;
+        let (id, shown) = (&rule.id, printable(hook.as_bytes()));
+        let names = if known.is_empty() {
+            "none".to_owned()
+        } else {
+            known.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
+        };
+        let message = format!(
+            "rule `{id}`: the settings have no hook `{shown}` ([hooks.NAME] in driftd.toml; there \
+             is: {names})"
+        );
+        let file = PathBuf::from(&*rule.place.file);
+        Some(Fault { file, at: Some((rule.place.line, 1)), message })
+    });
+    unknown.collect()
 }
 
 /// The files of these profiles.

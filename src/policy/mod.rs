@@ -21,6 +21,7 @@ pub mod suggest;
 mod tests;
 mod text;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +34,7 @@ pub use self::parse::{Loaded, parse};
 pub use self::rule::{Effect, Place, Rule};
 pub use self::set::{MAX_RULES, Matched, Reason, RuleSet};
 pub use self::source::{Fault, PolicyFile, Refused};
+pub use crate::config::Hook;
 use crate::config::{Config, ContainerMode, Enforce, OnDoubt};
 use crate::model::{Disposition, Finding, Kind, PathGlobs, RuleAnswer, Severity, Verdict};
 
@@ -69,6 +71,8 @@ pub struct Policy {
     pub limits: AnswerLimits,
     /// containerd's restart monitor leaves stopped what a rule kills.
     pub stop_restarts: bool,
+    /// The programs that rules may run, by name.
+    pub hooks: BTreeMap<String, Arc<Hook>>,
     /// How long a command that the runtime executes waits for a rhythm before it is reported:
     /// a command that comes again and again is a probe.
     pub probe_patience: SignedDuration,
@@ -87,6 +91,10 @@ pub struct Deny {
 
 /// The label by which a container sets whether answers are carried out in it.
 const MODE_LABEL: &str = "driftd.io/mode";
+
+fn shared(hooks: &BTreeMap<String, Hook>) -> BTreeMap<String, Arc<Hook>> {
+    hooks.iter().map(|(name, hook)| (name.clone(), Arc::new(hook.clone()))).collect()
+}
 
 /// What happens to a finding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +129,7 @@ impl Policy {
             persistence: config.watch.persistence.clone(),
             limits: AnswerLimits::of(&config.respond),
             stop_restarts: config.respond.stop_restarts,
+            hooks: shared(&config.hooks),
             probe_patience: config.watch.probe_patience.try_into().unwrap_or_default(),
         }
     }
@@ -214,7 +223,8 @@ impl Policy {
                 false => self.enforcement(asked.enforce, subject.finding),
             };
             let dry_run = enforce == Enforce::DryRun;
-            let answer = RuleAnswer { action: *action, rule: text(&asked.rule), dry_run };
+            let (action, hook) = (*action, asked.hook.as_ref().map(text));
+            let answer = RuleAnswer { action, rule: text(&asked.rule), dry_run, hook };
             (enforce != Enforce::Off).then_some(answer)
         });
         verdict.answers = answers.collect();
@@ -229,7 +239,7 @@ impl Policy {
                 |other: &&RuleAnswer| (other.action, other.dry_run) == (one.action, one.dry_run);
             verdict.answers.iter().find(is_it)
         });
-        if let Some(RuleAnswer { action, rule, dry_run }) = strongest.cloned() {
+        if let Some(RuleAnswer { action, rule, dry_run, .. }) = strongest.cloned() {
             verdict.action = Some(action.name().to_owned());
             verdict.rule = Some(rule);
             verdict.dry_run = dry_run;

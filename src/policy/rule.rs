@@ -39,6 +39,8 @@ pub struct Rule {
     pub expires: Option<Timestamp>,
     pub effect: Effect,
     pub answers: Vec<Answer>,
+    /// The hook that it runs, with `answer = ["hook"]`.
+    pub hook: Option<Arc<str>>,
     pub pinned: bool,
     /// Its answers are carried out whatever `policy.enforce` says.
     pub always_enforced: bool,
@@ -62,6 +64,7 @@ impl Rule {
             effect,
             severity,
             answer,
+            hook,
             pinned,
             enforce,
             reproduce,
@@ -92,6 +95,7 @@ impl Rule {
         if is_exception && enforce.is_some() {
             return Err("`enforce` is for rules with answers".to_owned());
         }
+        check_hook(&answer, hook.as_deref())?;
         if answer.contains(&AnswerText::Deny) {
             check_denies(&of)?;
         }
@@ -104,6 +108,7 @@ impl Rule {
         };
         let answers = answer.into_iter().map(|answer| match answer {
             AnswerText::Evidence => Answer::Evidence,
+            AnswerText::Hook => Answer::Hook,
             AnswerText::Deny => Answer::Deny,
             AnswerText::KillProcess => Answer::KillProcess,
             AnswerText::Pause => Answer::Pause,
@@ -116,6 +121,7 @@ impl Rule {
             expires,
             effect,
             answers: answers.collect(),
+            hook: hook.map(Into::into),
             pinned,
             always_enforced: false,
             enforce: enforce.map(|enforce| match enforce {
@@ -138,6 +144,7 @@ impl Rule {
             expires: None,
             effect: Effect::Report,
             answers: vec![Answer::Kill],
+            hook: None,
             pinned: false,
             always_enforced: true,
             enforce: None,
@@ -157,6 +164,17 @@ impl Rule {
 
     pub fn is_exception(&self) -> bool {
         self.effect == Effect::Accept
+    }
+}
+
+/// A hook needs its name, and a name needs the answer.
+fn check_hook(answer: &[AnswerText], hook: Option<&str>) -> Result<(), String> {
+    match (answer.contains(&AnswerText::Hook), hook) {
+        (true, None) => {
+            Err("`hook` is missing: which hook of the settings ([hooks.NAME]) runs?".to_owned())
+        }
+        (false, Some(_)) => Err("`hook` needs `answer = [\"hook\"]`".to_owned()),
+        (true, Some(_)) | (false, None) => Ok(()),
     }
 }
 

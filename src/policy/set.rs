@@ -51,6 +51,8 @@ pub struct Asked {
     pub rule: Arc<str>,
     pub always_enforced: bool,
     pub enforce: Option<Enforce>,
+    /// Which hook, if the answer is one.
+    pub hook: Option<Arc<str>>,
 }
 
 /// Why a rule does not match a finding.
@@ -177,9 +179,12 @@ impl RuleSet {
                 if *answer == Answer::Deny && !subject.finding.kind.is_run() {
                     continue;
                 }
+                let hook = rule.hook.clone().filter(|_| *answer == Answer::Hook);
+                let same =
+                    |(known, asked): &&(Answer, Asked)| known == answer && asked.hook == hook;
+                let count = matched.answers.iter().filter(same).count();
                 let (rule, enforce) = (Arc::clone(&rule.id), rule.enforce);
-                let asked = Asked { rule, always_enforced, enforce };
-                let count = matched.answers.iter().filter(|(known, _)| known == answer).count();
+                let asked = Asked { rule, always_enforced, enforce, hook };
                 // The answers of one rule may be stopped: then another one answers.
                 if count < MOST_ASKING || always_enforced {
                     matched.answers.push((*answer, asked));

@@ -994,3 +994,60 @@ fn an_exception_for_a_content_accepts_nothing_whose_content_is_not_proven() {
     let path = rule("x", ACCEPT, "path = [\"/**\"]\neverything = true");
     assert_eq!(unproven(&path).disposition, Disposition::Accept);
 }
+
+#[test]
+fn a_hook_is_named_by_the_rule_that_asks_for_it() {
+    let fault = |text: &str| {
+        let files = vec![PolicyFile::new("a.toml", rule("h", text, "kind = [\"exec.*\"]"))];
+        parse("".as_ref(), files).map(drop).unwrap_err().to_string()
+    };
+    let missing = fault("effect = \"report\"\nanswer = [\"hook\"]");
+    assert!(missing.contains("`hook` is missing: which hook of the settings"), "{missing}");
+    let alone = fault("effect = \"report\"\nanswer = [\"kill\"]\nhook = \"page\"");
+    assert!(alone.contains("`hook` needs `answer = [\"hook\"]`"), "{alone}");
+
+    let hook = |id: &str, name: &str| {
+        let effect =
+            format!("effect = \"report\"\nanswer = [\"hook\", \"kill\"]\nhook = \"{name}\"");
+        rule(id, &effect, "kind = [\"exec.*\"]")
+    };
+    for (enforce, disposition, dry_run) in
+        [(Enforce::DryRun, Disposition::Report, true), (Enforce::On, Disposition::Kill, false)]
+    {
+        let policy = Policy { enforce, ..policy(&(hook("a", "page") + &hook("b", "ticket"))) };
+        let verdict = policy.decide(&subject(&finding()), now()).verdict;
+        let answers: Vec<(&str, &str, Option<&str>, bool)> = verdict
+            .answers
+            .iter()
+            .map(|one| (one.action.name(), &*one.rule, one.hook.as_deref(), one.dry_run))
+            .collect();
+        let expected = [
+            ("hook", "a", Some("page"), dry_run),
+            ("hook", "b", Some("ticket"), dry_run),
+            ("kill", "a", None, dry_run),
+            ("kill", "b", None, dry_run),
+        ];
+        assert_eq!(answers, expected);
+        assert_eq!(verdict.disposition, disposition);
+    }
+}
+
+#[test]
+fn a_rule_with_a_hook_that_the_settings_do_not_have_is_a_fault_with_its_place() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = rule(
+        "h",
+        "effect = \"report\"\nanswer = [\"hook\"]\nhook = \"pgae\"",
+        "kind = [\"exec.*\"]",
+    );
+    std::fs::write(directory.path().join("10.toml"), text).unwrap();
+    let mut from = PolicyFiles::of(directory.path());
+    let without_settings = super::read(&from, Owners::Any).unwrap();
+    assert_eq!(without_settings.rules.rules()[0].hook.as_deref(), Some("pgae"));
+    from.hooks = Some(["page".to_owned()].into());
+    let fault = super::read(&from, Owners::Any).unwrap_err().to_string();
+    assert!(fault.contains("10.toml:1:1: rule `h`: the settings have no hook `pgae`"), "{fault}");
+    assert!(fault.contains("there is: page"), "{fault}");
+    from.hooks = Some(["pgae".to_owned()].into());
+    assert_eq!(super::read(&from, Owners::Any).map(drop), Ok(()));
+}

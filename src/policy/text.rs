@@ -44,6 +44,8 @@ pub(super) struct RuleText {
     /// What is done about it. Not with `effect = "accept"`.
     #[serde(default)]
     pub(super) answer: Vec<AnswerText>,
+    /// The hook of the settings that `answer = ["hook"]` runs.
+    pub(super) hook: Option<String>,
     /// Whether the answers of this rule are carried out; without it, as `policy.enforce` says.
     /// With `policy.enforce = "off"`, no rule has an answer.
     pub(super) enforce: Option<EnforceText>,
@@ -75,6 +77,8 @@ pub(super) enum AnswerText {
     /// It takes evidence: files, processes and what is known of them. With other answers, this
     /// comes first.
     Evidence,
+    /// It runs a program of the administrator: the one that `hook` names.
+    Hook,
     /// The program is not executed. What has run nevertheless is killed.
     Deny,
     /// It kills the process that did it.

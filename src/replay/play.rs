@@ -298,6 +298,7 @@ impl<'a> Node<'a> {
                     requested_by: "replay".into(),
                     no_restart: false,
                     environment: false,
+                    hook: None,
                     reply,
                 })
             }

@@ -428,12 +428,13 @@ impl<'a> Words<'a> {
         one_of(self.word("the name of a loss")?, &Failure::ALL, Failure::name)
     }
 
-    /// The action of a response. Only rules deny.
+    /// The action of a response. Only rules deny, and run hooks.
     fn responded(&mut self) -> Result<&'static str, String> {
-        let deny = Answer::Deny.name();
-        if self.placed.last() == Some(&deny) {
+        let of_rules = [Answer::Deny, Answer::Hook].map(Answer::name);
+        let last = self.placed.last();
+        if let Some(action) = of_rules.into_iter().find(|action| last == Some(action)) {
             self.placed.pop();
-            return Ok(deny);
+            return Ok(action);
         }
         self.response().map(Action::name)
     }

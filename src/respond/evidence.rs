@@ -245,6 +245,7 @@ fn thawed(frozen: &Frozen, message: String) -> Response {
         requested_at: Timestamp::now(),
         finding: None,
         no_restart: false,
+        hook: None,
         evidence: None,
     };
     request.ended(true, false, message)

@@ -10,11 +10,12 @@ use crossbeam_channel::Sender;
 use tokio::sync::mpsc;
 use tokio::task::{self, JoinSet};
 
-use super::evidence;
 use super::{
     Action, Collector, Order, Response, ResponseRequest, Runtime, TOO_MANY, response_to, send,
     send_to,
 };
+use super::{evidence, hook};
+use crate::hooks::Queue;
 use crate::model::ContainerId;
 
 /// How long one request may take before it has failed.
@@ -31,6 +32,7 @@ const MAX_RUNNING: usize = 256;
 pub async fn run(
     runtime: impl Runtime,
     collector: impl Collector,
+    hooks: Queue,
     requests: mpsc::Receiver<ResponseRequest>,
     responses: Sender<Response>,
 ) {
@@ -39,11 +41,17 @@ pub async fn run(
     let late = responses.clone();
     let carry_out = move |request: ResponseRequest| {
         let (runtime, collector, late) = (runtime.clone(), collector.clone(), late.clone());
+        let hooks = hooks.clone();
         async move {
-            match request.action {
-                Action::Evidence => evidence::take(&runtime, &collector, request, &late).await,
+            let response = match request.action {
+                Action::Evidence => {
+                    return evidence::take(&runtime, &collector, request, &late).await;
+                }
+                Action::Hook => hook::run(&hooks, request).await,
                 _ => carry_out(runtime, request).await,
-            }
+            };
+            log(&response);
+            response
         }
     };
     run_with(carry_out, deadline, requests, responses).await;
@@ -66,13 +74,13 @@ impl Line {
         self.taking.is_some() || self.waiting.iter().any(is_evidence)
     }
 
-    /// What begins when the request before has ended: the kills of processes that waited for it,
-    /// and the next request whose end others wait for.
+    /// What begins when the request before has ended: the kills of processes and the hooks that
+    /// waited for it, and the next request whose end others wait for.
     fn next(&mut self, deadline: Duration) -> Vec<(ResponseRequest, bool)> {
         self.taking = None;
         let mut next = Vec::new();
         while let Some(request) = self.waiting.pop_front() {
-            if request.action == Action::KillProcess {
+            if is_beside(request.action) {
                 next.push((request, false));
                 continue;
             }
@@ -94,6 +102,12 @@ impl Line {
         }
         self.waiting.push_back(request);
     }
+}
+
+/// Whether others of its container do not wait for it. The processes of a container are killed
+/// side by side, and no kill waits for a hook; but both come after evidence.
+fn is_beside(action: Action) -> bool {
+    matches!(action, Action::KillProcess | Action::Hook)
 }
 
 async fn run_with<Responding>(
@@ -123,11 +137,14 @@ async fn run_with<Responding>(
                     open = false;
                     continue;
                 };
-                let is_of_process = request.action == Action::KillProcess;
+                let is_beside = is_beside(request.action);
                 match lines.get_mut(&request.container) {
-                    // The processes of a container are killed side by side, but after evidence.
-                    line if is_of_process && !line.as_ref().is_some_and(|line| line.has_evidence()) => {
-                        if running.len() < MAX_RUNNING {
+                    line if is_beside && !line.as_ref().is_some_and(|line| line.has_evidence()) => {
+                        let is_hook = |one: &&(ResponseRequest, bool)| one.0.action == Action::Hook;
+                        let hooks = carried.values().filter(is_hook).count();
+                        // The queue of hooks has bounds of its own.
+                        let has_room = running.len().saturating_sub(hooks) < MAX_RUNNING;
+                        if has_room || request.action == Action::Hook {
                             begin(request, false, &mut running, &mut carried);
                         } else if !send(&responses, request.failed(TOO_MANY.to_owned())).await {
                             return;
@@ -174,14 +191,17 @@ async fn run_with<Responding>(
 
 async fn carry_out(runtime: impl Runtime, request: ResponseRequest) -> Response {
     let deadline = if request.action == Action::Pause { PAUSE_DEADLINE } else { DEADLINE };
-    let response = match tokio::time::timeout(deadline, send_to(&runtime, &request)).await {
+    match tokio::time::timeout(deadline, send_to(&runtime, &request)).await {
         Ok(result) => response_to(&request, result),
         Err(_) => request.failed(format!(
             "containerd did not answer within {} s; the {} may still happen",
             deadline.as_secs(),
             request.action.name()
         )),
-    };
+    }
+}
+
+fn log(response: &Response) {
     let outcome = &response.outcome;
     tracing::info!(
         container = %response.container,
@@ -190,7 +210,6 @@ async fn carry_out(runtime: impl Runtime, request: ResponseRequest) -> Response 
         "{}",
         outcome.message
     );
-    response
 }
 
 #[cfg(test)]
@@ -233,6 +252,7 @@ mod tests {
             finding: None,
             no_restart: false,
             evidence: None,
+            hook: None,
         }
     }
 
@@ -249,7 +269,8 @@ mod tests {
             request_to.send(request("c", action)).await.unwrap();
         }
         drop(request_to);
-        let running = tokio::spawn(run(containerd, NoEvidence, requests, response_to));
+        let running =
+            tokio::spawn(run(containerd, NoEvidence, Queue::default(), requests, response_to));
         let reported: Vec<(String, bool, String)> =
             tokio::task::spawn_blocking(move || responses.iter().collect::<Vec<_>>())
                 .await
@@ -521,7 +542,7 @@ mod tests {
             request_to.send(request).await.unwrap();
         }
         drop(request_to);
-        run(slow.clone(), slow.clone(), waiting, response_to).await;
+        run(slow.clone(), slow.clone(), Queue::default(), waiting, response_to).await;
         // The late record comes when the thread has ended.
         let all = tokio::task::spawn_blocking(move || responses.iter().collect()).await.unwrap();
         (all, slow.0.lock().unwrap().clone())

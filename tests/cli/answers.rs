@@ -1,6 +1,9 @@
 //! `driftd respond kill-process` and `resume-answers`, and what the status says of stopped rules.
 
+use driftd::model::{ContainerId, Incarnation};
+
 use crate::node::Node;
+use crate::samples::finding;
 
 #[test]
 fn a_stopped_rule_is_named_with_its_reason_and_the_next_step() {
@@ -44,6 +47,27 @@ fn a_rule_that_is_resumed_is_named_and_one_that_is_not_stopped_is_an_error() {
         let all = [&["respond", "resume-answers", "everything"], arguments].concat();
         assert_eq!(node.run(&all).code, 64, "without a reason");
     }
+}
+
+#[test]
+fn a_hook_needs_a_finding_and_a_reason() {
+    let node = Node::start();
+    for (arguments, code) in [
+        (&["page", "--reason", "x"][..], 64),
+        (&["page", "--finding", "ffffffff"], 64),
+        (&["page", "--finding", "ffffffff", "--reason", "x"], 2),
+        (&["--finding", "ffffffff", "--reason", "x"], 64),
+    ] {
+        let refused = node.run(&[&["respond", "hook"], arguments].concat());
+        assert_eq!(refused.code, code, "{arguments:?}: {refused:?}");
+    }
+    let mut named = finding(2, 60);
+    named.run = Some(Incarnation { pid: 7, start_time: Some(700), created_at: None });
+    named.container.as_mut().unwrap().id = ContainerId::new("default", "web");
+    node.store_findings(std::slice::from_ref(&named));
+    let id = named.id.to_string();
+    let done = node.run(&["respond", "hook", "page", "--finding", &id, "--reason", "x"]);
+    assert_eq!((done.code, done.out.as_str()), (0, "hook default/web: done: as scripted\n"));
 }
 
 #[test]

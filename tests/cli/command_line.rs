@@ -35,6 +35,8 @@ fn every_command_has_help() {
         &["members", "--help"],
         &["respond", "--help"],
         &["respond", "kill", "--help"],
+        &["respond", "hook", "--help"],
+        &["hooks", "--help"],
         &["completions", "--help"],
         &["man", "--help"],
         &["--version"],

@@ -128,6 +128,7 @@ impl Node {
             baselines,
             policy_reloads,
             evidence,
+            hooks: driftd::hooks::Queue::default(),
         };
         let listener = Listener::bind(&dir.path().join("run/driftd.sock")).unwrap();
         let (shutdown, until) = oneshot::channel::<()>();
@@ -438,6 +439,7 @@ fn reply_to(request: ApiRequest, records: &crossbeam_channel::Sender<Record>) {
             requested_by,
             no_restart,
             environment: _,
+            hook: _,
             reply,
         } => {
             let _ = reply.send(lookup(&container).map(|container| {

@@ -28,6 +28,7 @@ mod fuse;
 mod gate;
 mod groups;
 mod honest;
+mod hooks;
 mod hostile;
 mod image;
 mod incarnations;
@@ -117,6 +118,7 @@ fn main() -> ExitCode {
         budget::tests(),
         owners::tests(),
         groups::tests(),
+        hooks::tests(),
         unit::tests(),
         vm::tests(),
         honest::tests(),
@@ -146,6 +148,10 @@ fn prerequisites() -> anyhow::Result<()> {
         "strip",
         "tmux",
     ] {
+        programs::find(program)?;
+    }
+    // The hooks of contrib/.
+    for program in ["curl", "jq"] {
         programs::find(program)?;
     }
     // The machines in which the unit is installed.

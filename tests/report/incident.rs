@@ -184,7 +184,7 @@ fn records_of_findings() -> Vec<Record> {
     (changed.verdict.rule, changed.verdict.rules) = (Some("curl".into()), vec!["curl".into()]);
     changed.verdict.action = Some("kill".into());
     changed.verdict.answers =
-        vec![RuleAnswer { action: Answer::Kill, rule: "curl".into(), dry_run: false }];
+        vec![RuleAnswer { action: Answer::Kill, rule: "curl".into(), dry_run: false, hook: None }];
     changed.outcome = Some(
         response("kill", at("10:02:16"), false, "containerd has not answered in 10 s").outcome,
     );

@@ -104,8 +104,8 @@ pub fn finding_to_proto(finding: Finding) -> proto::Finding {
 }
 
 fn answer_to_proto(answer: RuleAnswer) -> proto::Answer {
-    let RuleAnswer { action, rule, dry_run } = answer;
-    proto::Answer { action: action.name().into(), rule, dry_run }
+    let RuleAnswer { action, rule, dry_run, hook } = answer;
+    proto::Answer { action: action.name().into(), rule, dry_run, hook }
 }
 
 /// A stored finding in the form that the request asks for.

@@ -9,6 +9,7 @@ mod evidence;
 mod file;
 mod finding;
 mod gap;
+mod hook;
 mod policy;
 mod process;
 mod response;
@@ -30,6 +31,7 @@ pub use finding::{
 };
 pub(super) use gap::gap;
 pub use gap::gap_to_proto;
+pub use hook::{ended_from_proto, ended_to_proto, order_from_proto, order_to_proto};
 pub use policy::{
     policy_file_from_proto, policy_file_to_proto, policy_status_to_proto, rule_to_proto,
 };

@@ -54,6 +54,7 @@ pub fn rule_to_proto(rule: &Rule, hits: Option<&RuleHits>, now: Timestamp) -> pr
         effect: effect.into(),
         severity,
         answers: rule.answers.iter().map(|answer| answer.name().to_owned()).collect(),
+        hook: rule.hook.as_deref().map(ToOwned::to_owned),
         pinned: rule.pinned,
         file: rule.place.file.to_string(),
         line: count(rule.place.line),

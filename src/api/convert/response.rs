@@ -14,6 +14,7 @@ use crate::respond::{Action, KeptCase, Response};
 pub fn action_to_proto(action: Action) -> proto::Action {
     match action {
         Action::Evidence => proto::Action::Evidence,
+        Action::Hook => proto::Action::Hook,
         Action::KillProcess => proto::Action::KillProcess,
         Action::Kill => proto::Action::Kill,
         Action::Pause => proto::Action::Pause,
@@ -25,6 +26,7 @@ pub fn action_from_proto(action: proto::Action) -> Option<Action> {
     match action {
         proto::Action::Unspecified => None,
         proto::Action::Evidence => Some(Action::Evidence),
+        proto::Action::Hook => Some(Action::Hook),
         proto::Action::KillProcess => Some(Action::KillProcess),
         proto::Action::Kill => Some(Action::Kill),
         proto::Action::Pause => Some(Action::Pause),

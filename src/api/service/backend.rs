@@ -17,6 +17,7 @@ use crate::baseline;
 use crate::evidence;
 use crate::health::Health;
 use crate::history;
+use crate::hooks::Queue;
 use crate::pipeline::{ApiRequest, LookupError};
 use crate::policy;
 
@@ -41,6 +42,8 @@ pub struct Backend {
     /// Requests to read the policy files again.
     pub policy_reloads: mpsc::Sender<PolicyReload>,
     pub evidence: Arc<evidence::Store>,
+    /// Where hooks wait for a runner.
+    pub hooks: Queue,
 }
 
 /// The client that waits until the policy files were read again.

@@ -211,6 +211,23 @@ impl DriftService for Service {
         self.resume_answers(request.into_inner(), client).await.map(Response::new)
     }
 
+    type RunHooksStream = Stream<proto::HookRun>;
+
+    async fn run_hooks(
+        &self,
+        request: Request<proto::RunHooksRequest>,
+    ) -> Reply<Self::RunHooksStream> {
+        let client = client_of(&request)?;
+        self.run_hooks(request.into_inner(), client).map(Response::new)
+    }
+
+    async fn end_hook(
+        &self,
+        request: Request<proto::EndHookRequest>,
+    ) -> Reply<proto::EndHookResponse> {
+        self.end_hook(request.into_inner()).map(Response::new)
+    }
+
     async fn take_evidence(
         &self,
         request: Request<proto::TakeEvidenceRequest>,

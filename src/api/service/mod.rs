@@ -9,6 +9,7 @@ mod containers;
 mod evidence;
 mod findings;
 mod grpc;
+mod hooks;
 mod paging;
 mod policy;
 mod probes;

@@ -8,7 +8,7 @@ use tonic::Status;
 
 use super::backend::Service;
 use crate::api::{convert, proto};
-use crate::model::{FindingId, Incarnation, ProcessIdentity, printable};
+use crate::model::{Finding, FindingId, Incarnation, ProcessIdentity, printable};
 use crate::pipeline::ApiRequest;
 use crate::respond;
 
@@ -22,6 +22,7 @@ struct Target {
     cause: Option<Box<(FindingId, Incarnation)>>,
     /// The process of the finding.
     process: Option<ProcessIdentity>,
+    finding: Option<Box<Finding>>,
 }
 
 fn checked_reason(reason: &str) -> Result<String, Status> {
@@ -42,7 +43,9 @@ impl Service {
         requested_by: String,
     ) -> Result<proto::RespondResponse, Status> {
         let action = convert::action_from_proto(request.action()).ok_or_else(|| {
-            Status::invalid_argument("the action is missing: kill-process, kill, pause or resume")
+            Status::invalid_argument(
+                "the action is missing: hook, kill-process, kill, pause or resume",
+            )
         })?;
         if action == respond::Action::Evidence {
             return Err(Status::invalid_argument("evidence is taken by TakeEvidence"));
@@ -56,7 +59,13 @@ impl Service {
         if !is_of_process && request.pid != 0 {
             return Err(Status::invalid_argument("only a kill of one process can have a pid"));
         }
-        let Target { container, cause, process } =
+        let is_hook = action == respond::Action::Hook;
+        if is_hook == request.hook.is_empty() || is_hook && request.finding.is_empty() {
+            return Err(Status::invalid_argument(
+                "a hook needs its name and a finding, and only a hook has a name",
+            ));
+        }
+        let Target { container, cause, process, finding } =
             self.target(request.container, request.finding).await?;
         let process = match request.pid {
             0 => process,
@@ -74,6 +83,7 @@ impl Service {
                 "the process is missing: name its pid on the host, or a finding that names it",
             ));
         }
+        let hook = finding.filter(|_| is_hook).map(|finding| Box::new((request.hook, *finding)));
         let response = self
             .ask_for(|reply| ApiRequest::Respond {
                 container,
@@ -84,6 +94,7 @@ impl Service {
                 requested_by,
                 no_restart,
                 environment: false,
+                hook,
                 reply,
             })
             .await?;
@@ -116,6 +127,7 @@ impl Service {
                 requested_by,
                 no_restart: false,
                 environment,
+                hook: None,
                 reply,
             })
             .await?;
@@ -128,7 +140,7 @@ impl Service {
     async fn target(&self, container: String, finding: String) -> Result<Target, Status> {
         if finding.is_empty() {
             self.check_is_meant(&container).await?;
-            return Ok(Target { container, cause: None, process: None });
+            return Ok(Target { container, cause: None, process: None, finding: None });
         }
         let finding = self.finding(finding).await?;
         let (id, run) = finding.container_id().zip(finding.run).ok_or_else(|| {
@@ -149,6 +161,7 @@ impl Service {
             container: format!("{}/{}", id.namespace, id.id),
             cause: Some(Box::new((finding.id, run))),
             process: finding.process.as_ref().map(|process| process.identity),
+            finding: Some(finding),
         })
     }
 

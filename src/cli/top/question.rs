@@ -139,6 +139,7 @@ impl Question {
             reason: self.typed.text().trim().to_owned(),
             no_restart: false,
             pid: 0,
+            hook: String::new(),
         }
     }
 }

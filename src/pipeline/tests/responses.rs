@@ -298,7 +298,8 @@ fn a_response_needs_no_finding_that_is_kept() {
     let (finding, kind) = (FindingId([9; 16]), Kind::ExecFileless);
     let mut effects = Vec::new();
     let rule = "respond.kill_on".to_owned();
-    let answer = model::RuleAnswer { action: model::Answer::Kill, rule, dry_run: false };
+    let answer =
+        model::RuleAnswer { action: model::Answer::Kill, rule, dry_run: false, hook: None };
     let verdict = model::Verdict { answers: vec![answer], ..node.state.policy.report() };
     let actor = Actor { init: Some(init(7)), ..Actor::default() };
     let cause =
@@ -326,6 +327,7 @@ impl Node {
             requested_by: "uid 0".into(),
             no_restart: false,
             environment: false,
+            hook: None,
             reply,
         }));
         replied
@@ -702,4 +704,93 @@ fn evidence_changes_nothing_so_a_stopped_rule_takes_it_and_it_counts_for_no_limi
     let refused: Vec<_> = refused.filter(|one| one.outcome.action == "evidence").collect();
     assert_eq!(refused.len(), 1, "recorded once: {refused:#?}");
     assert!(refused[0].outcome.message.contains("4 cases of container default/c1"));
+}
+
+/// A node whose rule runs the hook `h`.
+fn hooking(settings: &str) -> Node {
+    let text = rule("r", "\"hook\"", "kind = [\"exec.new\"]");
+    let text = text.replace("[rule.match]", "hook = \"h\"\n[rule.match]");
+    let mut node = answering(&text);
+    let config = format!("[hooks.h]\nprogram = \"/bin/true\"\n{settings}");
+    let hooks = config::Config::parse(&config).unwrap().hooks;
+    node.state.policy.hooks =
+        hooks.into_iter().map(|(name, hook)| (name, Arc::new(hook))).collect();
+    node
+}
+
+/// The end of a hook: whether it has succeeded, and whether it may have changed anything.
+fn hook_ended(request: &ResponseRequest, succeeded: bool, changed: bool) -> Input {
+    let mut response = request.failed("exit status 0".into());
+    (response.outcome.succeeded, response.changed) = (succeeded, changed);
+    Input::Response(response)
+}
+
+#[test]
+fn a_hook_that_may_end_a_container_runs_once_for_its_run_and_counts_as_a_kill() {
+    let mut node = hooking("");
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    let request = node.requests.pop().unwrap();
+    assert!(node.requests.is_empty());
+    let hook = request.hook.as_deref().unwrap();
+    assert_eq!((hook.name.as_str(), hook.rule.as_deref()), ("h", Some("r")));
+    assert_eq!(Some(hook.finding.id), request.finding);
+    node.give(hook_ended(&request, true, true));
+    assert_eq!(node.findings.last().unwrap().outcome.as_ref().unwrap().action, "hook");
+    for container in ["c2", "c3", "c4"] {
+        node.play(&format!("exec {container} /tmp/x evil"));
+    }
+    assert_eq!(asked(&mut node), ["hook c2", "hook c3"]);
+    assert_eq!(node.state.status().stopped_rules.len(), 1);
+    // A restart changes nothing.
+    let mut restarted = hooking("");
+    restarted.state.remember_answers(node.responses.clone());
+    assert_eq!(restarted.state.status().stopped_rules.len(), 1);
+}
+
+#[test]
+fn a_hook_that_ends_nothing_runs_once_for_each_finding_and_stops_no_rule() {
+    let mut node = hooking("counts = false");
+    for container in ["c1", "c2", "c3", "c4", "c5"] {
+        node.play(&format!("exec {container} /tmp/x evil\nexec {container} /tmp/x evil"));
+    }
+    assert_eq!(node.requests.len(), 5);
+    let request = node.requests.remove(0);
+    node.requests.clear();
+    node.give(hook_ended(&request, true, true));
+    node.play("exec c1 /tmp/x evil\nexec c1 /tmp/y other");
+    assert_eq!(asked(&mut node), ["hook c1"], "the other finding");
+    assert_eq!(node.state.status().stopped_rules, []);
+    // In the next run it is the same finding.
+    node.play("stop c1").init = init(8);
+    runs_with(&mut node, 8);
+    node.play("exec c1 /tmp/x evil");
+    assert_eq!(asked(&mut node), [""; 0]);
+}
+
+#[test]
+fn a_hook_is_asked_for_again_if_it_has_done_nothing_and_not_if_that_is_unknown() {
+    for (changed, again) in [(false, 1), (true, 0)] {
+        let mut node = hooking("counts = false");
+        node.play("exec c1 /tmp/x evil");
+        let request = node.requests.pop().unwrap();
+        node.give(hook_ended(&request, false, changed));
+        node.wait(1000).play("exec c1 /tmp/x evil");
+        assert_eq!(node.requests.len(), again, "{changed}");
+        assert_eq!(node.responses.len(), 1, "its failure is recorded");
+    }
+}
+
+#[test]
+fn a_flood_of_findings_asks_for_few_hooks_at_once_and_counts_the_others() {
+    let mut node = hooking("counts = false");
+    for number in 0..40 {
+        node.play(&format!("exec c1 /opt/x{number} evil{number}"));
+    }
+    assert_eq!(node.requests.len(), 16);
+    let refused =
+        node.responses.iter().filter(|one| one.outcome.message.contains("too many hooks"));
+    assert_eq!(refused.count(), 1, "recorded once in a minute");
+    assert!(node.state.health.count(Failure::ResponseQueueFull) >= 20);
+    node.play("exec c2 /tmp/x evil");
+    assert_eq!(node.requests.len(), 17, "another container has its own room");
 }

@@ -72,6 +72,7 @@ pub(super) fn draw_opened(opened: &Opened, paint: &mut Paint<'_>, area: Rect) {
 fn sentence(action: Action) -> &'static str {
     match action {
         Action::Evidence => "Take evidence of the container",
+        Action::Hook => "Run a hook for the container",
         Action::Kill => "Kill every process of the container",
         Action::KillProcess => "Kill one process of the container",
         Action::Pause => "Freeze the container, so that nothing in it runs",
