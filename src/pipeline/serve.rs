@@ -29,6 +29,7 @@ struct Stopped {
 }
 
 impl State {
+    // Long: one arm for each request.
     pub(super) fn serve(&mut self, request: ApiRequest, now: Timestamp, effects: &mut Vec<Effect>) {
         // The client may have gone: a reply without a receiver is no error.
         match request {

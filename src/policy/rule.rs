@@ -106,21 +106,13 @@ impl Rule {
             None => None,
             Some(value) => end(&value)?,
         };
-        let answers = answer.into_iter().map(|answer| match answer {
-            AnswerText::Evidence => Answer::Evidence,
-            AnswerText::Hook => Answer::Hook,
-            AnswerText::Deny => Answer::Deny,
-            AnswerText::KillProcess => Answer::KillProcess,
-            AnswerText::Pause => Answer::Pause,
-            AnswerText::Kill => Answer::Kill,
-        });
         Ok(Rule {
             id: id.into(),
             reason,
             owner,
             expires,
             effect,
-            answers: answers.collect(),
+            answers: answer.into_iter().map(Answer::from).collect(),
             hook: hook.map(Into::into),
             pinned,
             always_enforced: false,
@@ -195,6 +187,19 @@ fn check_denies(of: &MatchText) -> Result<(), String> {
             .to_owned());
     }
     Ok(())
+}
+
+impl From<AnswerText> for Answer {
+    fn from(text: AnswerText) -> Answer {
+        match text {
+            AnswerText::Evidence => Answer::Evidence,
+            AnswerText::Hook => Answer::Hook,
+            AnswerText::Deny => Answer::Deny,
+            AnswerText::KillProcess => Answer::KillProcess,
+            AnswerText::Pause => Answer::Pause,
+            AnswerText::Kill => Answer::Kill,
+        }
+    }
 }
 
 /// What holds for the rules of a profile beside what holds for all.

@@ -73,6 +73,7 @@ fn take(directory: &Path, reason: &str) {
         requested_at: Timestamp::now(),
         finding: None,
         no_restart: false,
+        hook: None,
         evidence: None,
     };
     let specification = Ok(b"{}".to_vec());
