@@ -115,6 +115,13 @@ fn a_case_is_listed_shown_verified_exported_and_removed() {
     assert!(status.contains("Evidence    1 cases"), "{status}");
     assert!(node.run(&["metrics"]).out.contains("driftd_evidence_cases 1"));
 
+    let report = node.run(&["report", "1c1c1c1c", "-o", "json"]);
+    let report: Value = serde_json::from_str(&report.out).unwrap();
+    assert_eq!(
+        (&report["case_id"], &report["container"]["id"]),
+        (&CASE.to_string().into(), &"web".into())
+    );
+
     let out = case.parent().unwrap().join("../case.tar.zst");
     let out = out.to_str().unwrap();
     let exported = node.run(&["evidence", "export", "1c1c", "-o", out]);

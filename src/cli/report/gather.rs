@@ -37,9 +37,10 @@ pub(super) async fn gather(
     wanted: Wanted,
 ) -> anyhow::Result<Report> {
     let id = target.container().clone();
-    let session = match target {
-        Target::Container(_) => None,
-        Target::Session(session) => Some(session),
+    let (session, case_id) = match target {
+        Target::Container(_) => (None, None),
+        Target::Session(session) => (Some(session), None),
+        Target::Case { id, .. } => (None, Some(id)),
     };
     let session_id = session.as_ref().map(|session| session.id);
     let scope = Scope { session, since: wanted.since, until: wanted.until };
@@ -72,6 +73,7 @@ pub(super) async fn gather(
         schema: SCHEMA,
         made,
         session_id,
+        case_id,
         period: collected.period,
         policy: policy_used(collected.generations, &collected.rules, policy)?,
         view: view(status, &late)?,

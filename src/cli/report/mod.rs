@@ -33,9 +33,9 @@ mod target;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Report {
-    /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID; or a
-    /// session's ID or the beginning of it
-    #[arg(value_name = "CONTAINER|SESSION")]
+    /// A container's whole ID, NAMESPACE/ID, or 8 or more digits of a hexadecimal ID; or the
+    /// ID of a session or of a case of evidence, or the beginning of it
+    #[arg(value_name = "CONTAINER|SESSION|CASE")]
     target: String,
     /// The form of the report [default: by the name of FILE, else html]
     #[arg(short = 'o', long, value_name = "FORMAT")]

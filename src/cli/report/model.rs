@@ -11,8 +11,8 @@ use crate::cli::gap::GapJson;
 use crate::cli::policy::PolicyJson;
 use crate::cli::timeline::ResponseJson;
 use crate::model::{
-    Command, ContainerId, Finding, FindingId, ImageReference, Incarnation, Labels, Member, Pod,
-    Session, SessionId, Severity,
+    CaseId, Command, ContainerId, Finding, FindingId, ImageReference, Incarnation, Labels, Member,
+    Pod, Session, SessionId, Severity,
 };
 
 pub(super) const SCHEMA: &str = "driftd.report/v1";
@@ -24,6 +24,8 @@ pub(super) struct Report {
     pub(super) made: Made,
     /// Null for a report about the whole container.
     pub(super) session_id: Option<SessionId>,
+    /// The case of evidence by which the container was named; else null.
+    pub(super) case_id: Option<CaseId>,
     pub(super) period: Period,
     pub(super) container: Identity,
     pub(super) policy: PolicyUsed,

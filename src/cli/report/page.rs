@@ -99,9 +99,12 @@ pub(super) struct RuleText {
 
 pub(super) fn page(report: &Report, zone: &TimeZone) -> Page {
     let id = &report.container.id;
-    let title = match report.session_id {
-        None => own("Incident report: ").quoted(&format!("{}/{}", id.namespace, short(&id.id))),
-        Some(id) => own("Incident report: session ").quoted(&short(&id.to_string())),
+    let title = match (report.session_id, report.case_id) {
+        (None, None) => {
+            own("Incident report: ").quoted(&format!("{}/{}", id.namespace, short(&id.id)))
+        }
+        (Some(id), _) => own("Incident report: session ").quoted(&short(&id.to_string())),
+        (None, Some(id)) => own("Incident report: case ").quoted(&short(&id.to_string())),
     };
     Page {
         title,
@@ -171,9 +174,10 @@ fn left_out(all: u64, listed: u64, what: &str, command: &str) -> Option<Phrase> 
 
 fn about(report: &Report) -> Phrase {
     let container = &report.container;
-    let mut about = match report.session_id {
-        Some(_) => own("container ").quoted(&container.id.to_string()).own(", image "),
-        None => own("image "),
+    let is_of_container = report.session_id.is_none() && report.case_id.is_none();
+    let mut about = match is_of_container {
+        false => own("container ").quoted(&container.id.to_string()).own(", image "),
+        true => own("image "),
     };
     about = match &container.image.name {
         Some(name) => about.quoted(name),

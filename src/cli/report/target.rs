@@ -10,7 +10,7 @@ use tonic::{Code, Response, Status};
 use crate::api::{convert, proto};
 use crate::cli::client::{Client, explain};
 use crate::cli::output::{safe, short};
-use crate::model::{ContainerId, NamedBy, Session};
+use crate::model::{CaseId, ContainerId, NamedBy, Session};
 
 /// How long a daemon may take to answer a small question.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -19,13 +19,18 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) enum Target {
     Container(ContainerId),
     Session(Box<Session>),
+    /// A case of evidence: its container is reported on.
+    Case {
+        id: CaseId,
+        container: ContainerId,
+    },
 }
 
 impl Target {
     /// The container whose timeline is read.
     pub(super) fn container(&self) -> &ContainerId {
         match self {
-            Target::Container(container) => container,
+            Target::Container(container) | Target::Case { container, .. } => container,
             Target::Session(session) => &session.container.id,
         }
     }
@@ -54,7 +59,10 @@ pub(super) async fn resolve(client: &mut Client, text: &str) -> anyhow::Result<T
             Ok(Target::Session(Box::new(convert::session_from_proto(session)?)))
         }
         (Err(status), Err(other)) if is_none(&status) && is_none(&other) => {
-            Err(unknown(client, text, &status).await)
+            match case(client, text).await? {
+                Some(case) => Ok(case),
+                None => Err(unknown(client, text, &status).await),
+            }
         }
         (Err(status), Err(other)) if is_none(&status) => Err(explain(other)),
         (Err(status), _) | (_, Err(status)) => Err(explain(status)),
@@ -84,7 +92,18 @@ async fn container(client: &mut Client, text: &str) -> Result<ContainerId, Statu
     Ok(ContainerId::new(&reply.namespace, &reply.container))
 }
 
-/// The error for a text that names neither. The ID of a finding leads to its container.
+/// The case of evidence that has this ID. A history alone has none.
+async fn case(client: &mut Client, text: &str) -> anyhow::Result<Option<Target>> {
+    let request = proto::GetEvidenceRequest { case: text.to_owned() };
+    let Ok(reply) = timeout(PATIENCE, client.get_evidence(request)).await else { return Ok(None) };
+    let Ok(reply) = reply else { return Ok(None) };
+    let case = reply.into_inner().case;
+    let case = case.ok_or_else(|| anyhow::anyhow!("driftd returned no case"))?;
+    let id = case.id.parse().map_err(|_| anyhow::anyhow!("driftd returned no ID of a case"))?;
+    Ok(Some(Target::Case { id, container: ContainerId::new(&case.namespace, &case.container) }))
+}
+
+/// The error for a text that names none of them. The ID of a finding leads to its container.
 async fn unknown(client: &mut Client, text: &str, no_container: &Status) -> anyhow::Error {
     let shown = safe(text);
     let request = proto::GetFindingRequest { id: text.to_owned(), as_json: true };
@@ -101,7 +120,7 @@ async fn unknown(client: &mut Client, text: &str, no_container: &Status) -> anyh
             )
         }
         None => anyhow::anyhow!(
-            "{}, and no session `{shown}` (see: driftd sessions)",
+            "{}, and no session or case `{shown}` (see: driftd sessions, driftd evidence ls)",
             safe(no_container.message())
         ),
     }
