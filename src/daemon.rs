@@ -268,6 +268,7 @@ fn restore(
     let now = Timestamp::now();
     let refused = rules.refused.as_ref().map(ToString::to_string);
     let policy = Policy { refused, ..Policy::of(config, rules.loaded.as_ref()) };
+    rules::warn_of_denials(config, &policy);
     let mut state = State::new(node.to_owned(), policy, health.clone(), findings, now);
     let gap = history.last_beat().map(|beat| state.was_not_running(beat, now));
     let sessions = open_sessions(&reader).context("cannot read the history")?;

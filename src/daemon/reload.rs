@@ -12,7 +12,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::rules::{Changes, Rules};
+use super::rules::{Changes, Rules, warn_of_denials};
 use crate::api::PolicyReload;
 use crate::config::{self, Config};
 use crate::history::Keep;
@@ -142,6 +142,7 @@ impl Reloading {
     async fn send_policy(&mut self) -> bool {
         let policy = Policy::of(&self.config, self.rules.loaded.as_ref());
         let refused = self.rules.refused.as_ref().map(Refused::to_string);
+        warn_of_denials(&self.config, &policy);
         let policy = Box::new(Policy { refused, ..policy });
         self.send(ApiRequest::SetPolicy(policy)).await
     }

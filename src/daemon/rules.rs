@@ -10,8 +10,9 @@ use std::time::Duration;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 
-use crate::config::PolicyFiles;
-use crate::policy::{self, Fault, Loaded, Owners, Refused};
+use crate::config::{Config, Gate, PolicyFiles};
+use crate::model::Answer;
+use crate::policy::{self, Fault, Loaded, Owners, Policy, Refused, Rule};
 
 /// How long files must be left alone before they are read: an editor writes more than once.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -66,6 +67,17 @@ impl Rules {
 
     fn has_files(&self) -> bool {
         self.loaded.as_ref().is_some_and(Loaded::has_files)
+    }
+}
+
+/// Warns of rules that deny where no program waits for an answer.
+pub(super) fn warn_of_denials(config: &Config, policy: &Policy) {
+    let denies = |rule: &Rule| rule.answers.contains(&Answer::Deny);
+    if config.watch.gate == Gate::Notify && policy.rules.rules().iter().any(denies) {
+        tracing::warn!(
+            "watch.gate is \"notify\": no program waits for an answer, so rules deny nothing and \
+             kill what they would deny"
+        );
     }
 }
 

@@ -220,12 +220,14 @@ fn of_process(node: &Node) -> anyhow::Result<()> {
     container.start_again()?;
     let second = run(2)?;
     ensure!(first["pid"] != second["pid"], "{first:#} {second:#}");
-    let happened = responses(&container)?;
-    let order: Vec<&str> = happened.iter().map(|(action, _)| action.as_str()).collect();
     // The second kill for one finding is recorded with those that follow.
     let expected = ["begin-evidence", "evidence", "kill-process", "begin-evidence", "evidence"];
-    ensure!(order.starts_with(&expected), "{happened:#?}");
-    Ok(())
+    wait_for("every record", || {
+        let happened = responses(&container)?;
+        let order: Vec<&str> = happened.iter().map(|(action, _)| action.as_str()).collect();
+        Ok(order.starts_with(&expected).then_some(()))
+    })
+    .with_context(|| format!("{:#?}", responses(&container)))
 }
 
 fn dry_run(node: &Node) -> anyhow::Result<()> {

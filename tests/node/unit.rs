@@ -473,8 +473,9 @@ fn signals() -> anyhow::Result<()> {
     rules(1)?;
     machine.sh("rm /etc/driftd/policy.d/*; systemctl reload driftd")?;
     rules(0)?;
-    machine.sh("rmdir /etc/driftd/policy.d")?;
     machine.container("other")?;
+    answers(&machine, "other", rules)?;
+    machine.sh("rmdir /etc/driftd/policy.d")?;
 
     // driftd survives a restart of containerd.
     machine.sh("systemctl restart containerd")?;
@@ -504,6 +505,52 @@ fn signals() -> anyhow::Result<()> {
     ensure!(!started.status.success(), "driftd runs without openat2");
     machine.is(&[("ActiveState", "failed"), ("ExecMainStatus", "2")])?;
     logged(&machine, "RestrictSUIDSGID=", "3")
+}
+
+/// What rules do under the unit: they deny a program, take evidence of a process and kill it.
+fn answers(
+    machine: &Machine,
+    id: &str,
+    rules: impl Fn(u64) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    machine.sh("cat > /etc/driftd/policy.d/a.toml <<'END'
+[[rule]]
+id      = \"deny\"
+reason  = \"a test\"
+effect  = \"report\"
+answer  = [\"deny\"]
+enforce = \"on\"
+[rule.match]
+kind = [\"exec.new\"]
+[[rule]]
+id      = \"keep-and-kill\"
+reason  = \"a test\"
+effect  = \"report\"
+answer  = [\"evidence\", \"kill-process\"]
+enforce = \"on\"
+[rule.match]
+kind = [\"exec.fileless\"]
+END
+systemctl reload driftd")?;
+    rules(2)?;
+    wait_within(patience(), "a denial", || {
+        let denied = machine.exec(id, "cp /.control/x /tmp/denied; /tmp/denied")?;
+        Ok(talk(&denied).contains("not permitted").then_some(()))
+    })
+    .with_context(|| machine.logs())?;
+    let killed = machine.exec(id, "/usr/bin/loader memfd 1 /.control/y 60000")?;
+    ensure!(!killed.status.success(), "a program in memory ran to its end: {}", talk(&killed));
+    wait_within(patience(), "a case of evidence", || {
+        let cases = machine.lines("driftd evidence ls -o jsonl")?;
+        let case = cases.iter().find(|case| case["container"]["id"] == id);
+        let Some(case) = case.and_then(|case| case["id"].as_str()) else { return Ok(None) };
+        Ok(machine.run(&format!("driftd evidence verify {case}"))?.status.success().then_some(()))
+    })
+    .with_context(|| machine.logs())?;
+    machine
+        .sh(&format!("driftd report {id} --output /root/report.html; test -s /root/report.html"))?;
+    machine.sh("rm /etc/driftd/policy.d/*; systemctl reload driftd")?;
+    rules(0)
 }
 
 /// Waits until driftd's journal has a line with this text and priority.
