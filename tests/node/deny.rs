@@ -173,15 +173,13 @@ fn denied(node: &Node, times: u32) -> anyhow::Result<()> {
     ensure!(node.losses("undecided")? == 0, "{:#}", node.status()?);
 
     // A shell goes on along PATH, and the finding says what ran.
-    container.sh("cp /.control/x /tmp/echo; chmod 755 /tmp/echo
-        export PATH=/tmp:/bin; ( exec echo went on ) >/.control/went")?;
-    ensure!(container.sh("cat /.control/went")?.trim() == "went on");
+    container.sh("cp /.control/x /tmp/app; chmod 755 /tmp/app
+        ( PATH=/tmp:/usr/bin; app )")?;
     wait_for("what ran instead", || {
         let findings = container.findings()?;
         let is_it = |one: &Value| {
             let detail = one["detail"].as_str().unwrap_or_default();
-            one["file"]["path"] == "/tmp/echo"
-                && detail.contains("the process ran `/bin/echo` instead")
+            one["file"]["path"] == "/tmp/app" && detail.contains("ran `/usr/bin/app` instead")
         };
         Ok(findings.iter().any(is_it).then_some(()))
     })
