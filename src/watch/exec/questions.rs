@@ -86,8 +86,8 @@ pub(crate) fn run(
     decisions: &Decisions,
     questions: &Sender<Box<Question>>,
 ) {
-    // A process waits. Without CAP_SYS_NICE this thread runs like the others.
-    let _ = rustix::process::setpriority_process(None, -10);
+    // Although a process waits, this thread is no more urgent than the containers' own work: it
+    // hashes what they choose.
     while let Some(Asking { number, stage }) = shared.next_to_report(asking) {
         let described = match stage {
             Stage::New(new) => describe(shared, *new),
