@@ -575,6 +575,10 @@ impl<'groups> Process<'groups> {
         for (shard, group) in (0..).zip(&groups.groups) {
             self.read(group, buffer, |this, incoming| this.asked(incoming, Some(shard)))?;
         }
+        // A stop lets everything run, and what ran is handed over.
+        while let Some((number, permission)) = self.questions.take_first() {
+            self.answered(number, permission, Some(Answer::Allow))?;
+        }
         Ok(Ended::Closed)
     }
 }

@@ -156,11 +156,17 @@ impl<'groups> Questions<'groups> {
 
     /// The oldest, if it has waited too long.
     pub(super) fn take_late(&mut self) -> Option<(u64, Permission<'groups>)> {
-        let (number, oldest) = self.waiting.first_key_value()?;
-        let number = *number;
+        let (_, oldest) = self.waiting.first_key_value()?;
         if oldest.since.elapsed() < self.patience() {
             return None;
         }
+        self.take_first()
+    }
+
+    /// The oldest, however long it has waited.
+    pub(super) fn take_first(&mut self) -> Option<(u64, Permission<'groups>)> {
+        let (number, _) = self.waiting.first_key_value()?;
+        let number = *number;
         self.take(number, false).map(|permission| (number, permission))
     }
 
