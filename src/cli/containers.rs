@@ -45,7 +45,7 @@ pub(super) struct ContainerJson {
     pub(super) findings: u64,
     /// Null from an older daemon.
     pub(super) findings_by_severity: Option<BTreeMap<Severity, u64>>,
-    /// The losses because of which the view of it is incomplete now.
+    /// The losses that make the view of it incomplete now.
     pub(super) incomplete: Vec<String>,
 }
 

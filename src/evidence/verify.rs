@@ -1,7 +1,7 @@
 //! Whether a case is as it was taken: also a copy of it, without a daemon.
 //!
 //! The manifest and `SHA256SUMS` name every file with its digest, and each of them shows a change
-//! of the other. Only a case of which all is changed at once passes; its digest then differs from
+//! of the other. Only a case that is changed as a whole passes; its digest then differs from
 //! the one that the history, or an export's statement, has kept.
 
 use std::collections::BTreeMap;

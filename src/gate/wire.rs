@@ -152,8 +152,9 @@ pub struct Asked {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(clippy::large_enum_variant, reason = "nearly every message is an execution")]
 pub(super) enum Message<'packet> {
-    /// A program was allowed to run, or waits for a decision: a descriptor of its file and, if the process may be a
-    /// runtime on its way into a container or sessions are open, a handle of the process.
+    /// A program was allowed to run, or waits for a decision: a descriptor of its file and, if
+    /// the process may be a runtime on its way into a container or sessions are open, a handle of
+    /// the process.
     Executed {
         asked: Asked,
         /// The process's `/proc/PID/stat`, empty if it could not be read.

@@ -63,7 +63,7 @@ impl State {
         let Cause { container, actor, kind, finding, .. } = *cause;
         let ticket = self.ticket();
         let Some(entry) = self.inventory.get(container) else { return };
-        let run = actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
+        let run = actor.run_in(entry);
         // The run that did it has ended: its processes are gone.
         let Some(run) = run else { return };
         let (pod, image) = workload_of(entry);

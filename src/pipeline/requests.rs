@@ -107,7 +107,7 @@ pub struct ContainerView {
     pub problem: Option<String>,
     pub findings: u64,
     pub findings_by_severity: BTreeMap<Severity, u64>,
-    /// The losses because of which the view of it is incomplete now.
+    /// The losses that make the view of it incomplete now.
     pub incomplete: Vec<&'static str>,
 }
 

@@ -50,6 +50,11 @@ pub(super) struct Actor {
 }
 
 impl Actor {
+    /// The run in which it happened, if that is known.
+    pub(super) fn run_in(self, entry: &Entry) -> Option<Incarnation> {
+        self.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init))
+    }
+
     pub(super) fn of(emission: &Emission<'_>) -> Actor {
         let Emission { observation, evidence, .. } = *emission;
         let process = evidence.process.map(|process| process.identity);
@@ -109,8 +114,7 @@ impl State {
         if ends_nothing && has_run(entry, finding, hook.as_deref()) {
             return;
         }
-        let meant =
-            actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
+        let meant = actor.run_in(entry);
         // The run that did it has ended: the current one is another.
         let Some(incarnation) = meant else { return };
         let is_it = |one: &Answering| {
@@ -173,8 +177,7 @@ impl State {
     ) {
         let Cause { container, actor, kind, finding, .. } = *cause;
         let Some(entry) = self.inventory.get(container) else { return };
-        let incarnation =
-            actor.init.map_or_else(|| entry.incarnation(), |init| entry.incarnation_of(init));
+        let incarnation = actor.run_in(entry);
         let (pod, image) = workload_of(entry);
         let mut response = Response {
             ticket: 0,

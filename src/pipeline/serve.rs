@@ -115,7 +115,7 @@ impl State {
         }
     }
 
-    /// What is known of a container of which a user takes evidence.
+    /// The order to take evidence that a user asks for.
     fn evidence(
         &self,
         container: &ContainerId,

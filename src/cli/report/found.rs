@@ -217,15 +217,21 @@ fn members(part: &FindingPart) -> Option<Row> {
     Some(("Stands for", lines))
 }
 
-fn process(process: &Process) -> Vec<Phrase> {
-    let mut first = quoted(&program(process.exe.as_deref(), process.argv.as_deref()))
+/// The program of a process, its pid, its user and its terminal.
+pub(super) fn process_in_short(process: &Process) -> Phrase {
+    let mut text = quoted(&program(process.exe.as_deref(), process.argv.as_deref()))
         .own(format!(", pid {}", process.identity.pid));
     if let Some(uid) = process.uid {
-        first = first.own(format!(", uid {uid}"));
+        text = text.own(format!(", uid {uid}"));
     }
     if let Some(tty) = &process.tty {
-        first = first.own(", terminal ").quoted(tty);
+        text = text.own(", terminal ").quoted(tty);
     }
+    text
+}
+
+fn process(process: &Process) -> Vec<Phrase> {
+    let mut first = process_in_short(process);
     if let Some(root) = &process.root {
         first = first.own(", root ").quoted(root);
     }

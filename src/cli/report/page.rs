@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 
 use super::drawing::{Drawing, draw, unseen_in_words};
 use super::events::{self, Events};
-use super::found::{self, FindingText};
+use super::found::{self, FindingText, process_in_short};
 use super::model::{Counts, Report, SessionPart};
 use super::phrase::{At, Phrase, Row, at, own, quoted, result_of};
 use crate::cli::describe::{number, pod, program, shell_word};
@@ -317,14 +317,7 @@ fn session_text(part: &SessionPart) -> SessionText {
         SessionState::Closed => title,
     };
     let process = &session.process;
-    let mut first = quoted(&program(process.exe.as_deref(), process.argv.as_deref()))
-        .own(format!(", pid {}", process.identity.pid));
-    if let Some(uid) = process.uid {
-        first = first.own(format!(", uid {uid}"));
-    }
-    if let Some(tty) = &process.tty {
-        first = first.own(", terminal ").quoted(tty);
-    }
+    let first = process_in_short(process);
     let above = process.ancestors.iter().chain(&session.host);
     let above: Vec<Phrase> = above
         .map(|ancestor| {

@@ -298,12 +298,13 @@ fn complete(
 // Long: it takes apart all that is known of an execution.
 fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
     again::look(shared, &mut execution);
+    let named = execution.named();
     let Described {
         mut watched,
         holder,
         seen,
         filesystem,
-        path,
+        path: _,
         file,
         stat,
         layer_file,
@@ -331,11 +332,7 @@ fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
         watched = other;
     }
     let is_deleted = state.deleted;
-    // The gate read the links before the file ran. A file with a name may also just have
-    // lost it.
-    let is_nameless = layer_file.is_none() && stat.links == 0 && paths::has_a_number(&path);
-    let filesystem = if is_nameless { Filesystem::Anonymous } else { filesystem };
-    let path = paths::path(path.as_bytes(), is_nameless).unwrap_or(path);
+    let (filesystem, path) = named;
     // For a file that was moved, the state holds for its new path only.
     if let Some(layer_file) = layer_file.filter(|_| !is_movable) {
         // First, so that the verdict on the file finds it.

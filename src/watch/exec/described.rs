@@ -20,6 +20,7 @@ use crate::watch::core::fair::Owned;
 use crate::watch::core::held::{Held, Left};
 use crate::watch::core::watched::Watched;
 use crate::watch::files::lower::{Finding, TwinReading};
+use crate::watch::files::paths;
 use crate::watch::files::shared::Files;
 use crate::watch::files::state::{self, Begun, Reading, Which};
 use crate::watch::process::describe::Executing;
@@ -78,6 +79,17 @@ impl Owned for Described {
 pub(crate) const LARGE: u64 = 16 << 20;
 
 impl Described {
+    /// The filesystem and the path that its report names.
+    pub(crate) fn named(&self) -> (Filesystem, RootfsPath) {
+        // The gate read the links before the file ran. A file with a name may also just have
+        // lost it.
+        let is_nameless =
+            self.layer_file.is_none() && self.stat.links == 0 && paths::has_a_number(&self.path);
+        let filesystem = if is_nameless { Filesystem::Anonymous } else { self.filesystem };
+        let path = paths::path(self.path.as_bytes(), is_nameless);
+        (filesystem, path.unwrap_or_else(|_| self.path.clone()))
+    }
+
     /// The place where a walk of the upper layer finds its file.
     pub(crate) fn place(&self) -> Option<(Arc<Watched>, RootfsPath)> {
         let is_on_overlay = self.filesystem == Filesystem::Overlay;

@@ -27,8 +27,7 @@ use super::shared::Exec;
 use super::writable::WriterCheck;
 use crate::gate::{Decision, Decisions};
 use crate::model::{
-    ContainerId, CouldChange, Fact, FileFact, Filesystem, LayerFile, Observation, RootfsPath,
-    Source,
+    ContainerId, CouldChange, Fact, FileFact, Filesystem, LayerFile, Observation, Source,
 };
 use crate::sys::file::Stat;
 use crate::sys::procfs;
@@ -176,9 +175,7 @@ fn observe(shared: &Exec, described: Described) -> Option<Observation> {
     }
     let is_own = *filesystem == Filesystem::Overlay && layer_file.is_none();
     let writer = is_own.then(|| shared.writer_of_used(watched, path, stat, FEED)).flatten();
-    let is_nameless = layer_file.is_none() && stat.links == 0 && paths::has_a_number(path);
-    let filesystem = if is_nameless { Filesystem::Anonymous } else { *filesystem };
-    let path = nameless(path, is_nameless);
+    let (filesystem, path) = described.named();
     let Described { watched, holder, executing, layer_file, at, progress, .. } = described;
     let Progress::Done(state, lower) = progress else { return None };
     let fact = Fact::File(FileFact::Executed {
@@ -196,8 +193,4 @@ fn observe(shared: &Exec, described: Described) -> Option<Observation> {
     });
     let file_of = (!Arc::ptr_eq(&holder, &watched)).then(|| holder.container.clone());
     Some(shared.observation_of(&watched, file_of, at, Source::Gate, fact))
-}
-
-fn nameless(path: &RootfsPath, is_nameless: bool) -> RootfsPath {
-    paths::path(path.as_bytes(), is_nameless).unwrap_or_else(|_| path.clone())
 }
