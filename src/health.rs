@@ -357,6 +357,11 @@ impl Health {
         (self.in_pulse(Pulse::denied), self.in_pulse(Pulse::undecided))
     }
 
+    /// Files about whose reading the kernel asks, and those about which it cannot.
+    pub fn guarded(&self) -> (u64, u64) {
+        (self.in_pulse(Pulse::guarded), self.in_pulse(Pulse::unguarded))
+    }
+
     /// What waits to be examined, the oldest first.
     pub fn backlogs(&self) -> Vec<Backlog> {
         let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();

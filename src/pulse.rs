@@ -43,6 +43,8 @@ enum Counter {
     Handles,
     Denied,
     Undecided,
+    Guarded,
+    Unguarded,
 }
 
 /// One of driftd's processes.
@@ -121,6 +123,16 @@ impl Pulse {
     /// Programs that were to wait for a decision and got the answer for those that get none.
     pub fn undecided(&self) -> &AtomicU64 {
         self.counter(Counter::Undecided)
+    }
+
+    /// Files about whose reading the kernel asks.
+    pub fn guarded(&self) -> &AtomicU64 {
+        self.counter(Counter::Guarded)
+    }
+
+    /// Files about whose reading the kernel was to ask, and does not.
+    pub fn unguarded(&self) -> &AtomicU64 {
+        self.counter(Counter::Unguarded)
     }
 
     /// Held runtimes that the gate had to let run before the daemon requested it.

@@ -221,13 +221,23 @@ fn metrics(
         ),
         (
             "gate_denied",
-            "Programs that were not allowed to run",
+            "Programs that were not allowed to run, and reads of guarded files that were refused",
             Samples::Counter(vec![(Labels::new(), gate.denied)]),
         ),
         (
             "gate_undecided",
-            "Programs that a rule may deny, and that were answered without a decision",
+            "Programs and reads that a rule may deny, and that were answered without a decision",
             Samples::Counter(vec![(Labels::new(), gate.undecided)]),
+        ),
+        (
+            "gate_guarded",
+            "Marks on files that may be code, before whose reading the kernel asks",
+            Samples::Counter(vec![(Labels::new(), gate.guarded)]),
+        ),
+        (
+            "gate_unguarded",
+            "Files that may be code, before whose reading the kernel cannot ask",
+            Samples::Counter(vec![(Labels::new(), gate.unguarded)]),
         ),
         (
             "left_to_sweeps",

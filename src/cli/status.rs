@@ -121,6 +121,8 @@ pub(super) struct GateJson {
     copy_ups: u64,
     denied: u64,
     undecided: u64,
+    guarded: u64,
+    unguarded: u64,
 }
 
 #[derive(Serialize)]
@@ -171,6 +173,8 @@ pub(super) fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<St
             copy_ups: gate.copy_ups,
             denied: gate.denied,
             undecided: gate.undecided,
+            guarded: gate.guarded,
+            unguarded: gate.unguarded,
         }),
         left_to_sweeps: status.left_to_sweeps,
         arguments_unrecorded: status.arguments_unrecorded,
@@ -396,7 +400,15 @@ fn gate_line(gate: &GateJson) -> String {
     }
     if gate.denied + gate.undecided > 0 {
         let GateJson { denied, undecided, .. } = gate;
-        words.push_str(&format!(", {denied} programs denied, {undecided} without a decision"));
+        words.push_str(&format!(
+            ", {denied} programs or reads denied, {undecided} without a decision"
+        ));
+    }
+    if gate.unguarded > 0 {
+        let unguarded = gate.unguarded;
+        words.push_str(&format!(
+            ", the reading of {unguarded} files cannot be denied (see: driftd doctor)"
+        ));
     }
     if let Some(instead) = &gate.instead {
         words.push_str(&format!(", NOT AS IN THE SETTINGS: {}", safe(instead)));
@@ -471,6 +483,8 @@ mod tests {
                 copy_ups: 0,
                 denied: 0,
                 undecided: 0,
+                guarded: 0,
+                unguarded: 0,
             }),
             policy: Some(PolicyJson {
                 generation: 4,

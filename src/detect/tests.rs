@@ -127,6 +127,7 @@ fn fact(line: &str) -> FileFact {
             by_linker: false,
             is_shared: words[0] == "load-shared",
             writer: None,
+            denied: false,
         },
         "interpret" | "interpret-volume" => FileFact::Interpreted {
             script: Script::File {
@@ -140,6 +141,7 @@ fn fact(line: &str) -> FileFact {
             },
             process: process(),
             writer: None,
+            denied: false,
         },
         "write" => FileFact::Present {
             path: path(),

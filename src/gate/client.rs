@@ -14,7 +14,7 @@ use super::wire::{
 };
 use crate::pulse::Pulse;
 use crate::sys::channel::{Channel, Packet};
-use crate::sys::fanotify;
+use crate::sys::fanotify::{self, Range};
 use crate::sys::process;
 use crate::sys::procfs::Stat;
 
@@ -229,6 +229,12 @@ impl Marks {
         self.request(&Request::EnforceNoMore { device }, &[])
     }
 
+    /// From now on the kernel asks before this file is read, and the reading waits for a
+    /// decision where executions do. Never waits for the gate.
+    pub fn guard(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.request(&Request::Guard, &[file])
+    }
+
     /// A value that can close the gate.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.clone())
@@ -253,7 +259,6 @@ impl Stopper {
 
 /// What the gate hands to the daemon.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly every event is an execution")]
 pub enum Event {
     /// A program was allowed to run, or waits for a decision (`asked.waits`).
     Executed {
@@ -264,8 +269,10 @@ pub enum Event {
         /// The process, if the gate has kept a handle of it: see `Message::Executed`.
         handle: Option<OwnedFd>,
     },
-    /// An execution that waited was answered.
-    Answered { number: u64, denied: bool, at: u64 },
+    /// A thread waits to read a guarded file (`asked.pid` is the thread's).
+    Reads { asked: Asked, range: Option<Range>, file: OwnedFd },
+    /// An execution or a read that waited was answered.
+    Answered { number: u64, denied: bool, at: u64, is_read: bool },
     /// A shim executes a runtime, which is held until [`Marks::release`], or for half a
     /// second.
     Runtime { number: u64, process: Option<Stat> },
@@ -307,7 +314,13 @@ impl Events {
                 file: descriptors.next().ok_or(io::ErrorKind::InvalidData)?,
                 handle: descriptors.next(),
             },
-            Message::Answered { number, denied, at } => Event::Answered { number, denied, at },
+            Message::Reads { asked, range } => {
+                let file = descriptors.next().ok_or(io::ErrorKind::InvalidData)?;
+                Event::Reads { asked, range, file }
+            }
+            Message::Answered { number, denied, at, is_read } => {
+                Event::Answered { number, denied, at, is_read }
+            }
             Message::Runtime { number, process } => {
                 Event::Runtime { number, process: Stat::parse(process) }
             }

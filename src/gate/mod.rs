@@ -20,12 +20,17 @@
 //! Where rules may deny, the program waits until the daemon has decided, but never longer than a
 //! fixed time: the gate keeps the kernel's question (`questions`) and goes on.
 //!
+//! The same happens before a file is read that rules may deny as code: a script, or a library
+//! (`reads`). The kernel asks only about the files that the daemon has guarded.
+//!
 //! `client` is the daemon's side, `process` the gate itself, `wire` the packets between them,
 //! and `shards` the free gate.
 
 mod client;
+mod outbox;
 mod process;
 mod questions;
+mod reads;
 mod shards;
 mod wire;
 

@@ -1,7 +1,8 @@
 //! The gate's process: one thread that reads permission events, answers them, and hands the
 //! executions to the daemon. It must never wait for a container, a disk or the daemon.
 
-use std::collections::{HashSet, VecDeque};
+use std::cell::OnceCell;
+use std::collections::HashSet;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -12,7 +13,9 @@ use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::questions::{Questions, Waits};
+use super::outbox::Outbox;
+use super::questions::{Questions, Taken as Question, Waits};
+use super::reads::{Read, Reads};
 use super::shards::{CopyUps, Shards};
 use super::wire::{
     self, Asked, Decided, Decision, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request,
@@ -21,7 +24,7 @@ use crate::model::programs::{may_be_runtime, may_be_shim};
 use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
 use crate::sys::channel::{Channel, Packet, close_inherited};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
-use crate::sys::procfs::{Handle, Whereabouts};
+use crate::sys::procfs::{Handle, Stat, Whereabouts};
 use crate::sys::{file, perf, pidfd, process};
 
 /// `/proc/PID/stat`: 52 numbers of at most 20 digits and a name of at most 64 bytes.
@@ -44,9 +47,6 @@ const MAX_HELD: usize = 256;
 
 /// How many requests are carried out before the groups are read again.
 const REQUESTS_IN_A_ROW: usize = 64;
-
-/// How long the hand-over of answered executions may take after the groups were closed.
-const LAST_PACKETS: Duration = Duration::from_secs(2);
 
 /// Runs until the daemon requests the end, or has ended. Standard input is the channel of
 /// requests.
@@ -82,9 +82,12 @@ pub fn run() -> anyhow::Result<()> {
             return Ok(());
         }
     };
+    // Made for the first file that is guarded: on most nodes there is none.
+    let read_gate = OnceCell::new();
     let process = Process {
         plain: &plain,
         groups: &groups,
+        read_gate: &read_gate,
         requests: &requests,
         pulse: &pulse,
         copy_ups: CopyUps::new(groups.groups.len()),
@@ -93,13 +96,14 @@ pub fn run() -> anyhow::Result<()> {
         held: Vec::new(),
         held_so_far: 0,
         questions: Questions::default(),
-        outbox: Outbox { channel: executions, pending: VecDeque::new(), max_pending },
+        reads: Reads::default(),
+        outbox: Outbox::new(executions, max_pending),
         daemon: Silence::default(),
         judged: Instant::now(),
     };
     // Held runtimes are allowed when they are dropped, queued events when the groups close.
     let (ended, mut outbox) = process.serve()?;
-    close_at_once(groups.into_groups().chain([plain]));
+    close_at_once(groups.into_groups().chain([plain]).chain(read_gate.into_inner()));
     if ended == Ended::Closed {
         reply(&requests, None)?;
         outbox.drain(&pulse);
@@ -161,6 +165,8 @@ struct Process<'groups> {
     /// marks are never flushed.
     plain: &'groups Group,
     groups: &'groups Shards,
+    /// The group for reads of guarded files.
+    read_gate: &'groups OnceCell<Group>,
     requests: &'groups Channel,
     pulse: &'groups Pulse,
     copy_ups: CopyUps,
@@ -170,6 +176,7 @@ struct Process<'groups> {
     held: Vec<Held<'groups>>,
     held_so_far: u64,
     questions: Questions<'groups>,
+    reads: Reads,
     outbox: Outbox,
     daemon: Silence,
     judged: Instant,
@@ -195,6 +202,9 @@ impl<'groups> Process<'groups> {
                 self.read(closes, &mut buffer, Process::closed)?;
             }
             self.read(self.plain, &mut buffer, Process::asked_plainly)?;
+            if let Some(read_gate) = self.read_gate.get() {
+                self.read(read_gate, &mut buffer, Process::reads)?;
+            }
             for (shard, group) in (1..).zip(&groups.copy_ups) {
                 self.read(group, &mut buffer, |this, incoming| this.copies_up(incoming, shard))?;
             }
@@ -227,10 +237,11 @@ impl<'groups> Process<'groups> {
     fn wait(&self) {
         let Shards { groups, copy_ups, closes } = self.groups;
         let groups = [self.plain].into_iter().chain(groups).chain(copy_ups).chain(closes);
+        let groups = groups.chain(self.read_gate.get());
         let mut fds: Vec<PollFd<'_>> =
             groups.map(|group| PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)).collect();
         fds.push(PollFd::from_borrowed_fd(self.requests.as_fd(), PollFlags::IN));
-        let is_full = !self.outbox.pending.is_empty();
+        let is_full = !self.outbox.is_empty();
         let wanted = if is_full { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
         fds.push(PollFd::from_borrowed_fd(self.outbox.channel.as_fd(), wanted));
         let late = self.held.iter().map(|held| HELD_FOR.saturating_sub(held.since.elapsed()));
@@ -362,7 +373,7 @@ impl<'groups> Process<'groups> {
         Ok(())
     }
 
-    // ---- executions that wait for a decision
+    // ---- executions and reads that wait for a decision
 
     /// Asks the daemon for a decision, and keeps the kernel's question until then. Returns the
     /// question if the daemon cannot be asked.
@@ -383,8 +394,68 @@ impl<'groups> Process<'groups> {
             return Some(permission);
         }
         self.outbox.hand_on(&message, Some(file), handle.take(), self.pulse);
-        self.questions.wait(key, stat.as_ref(), permission);
+        self.questions.wait(key, stat.as_ref(), Question { permission, is_read: false });
         None
+    }
+
+    /// A thread is about to read a guarded file.
+    fn reads(&mut self, incoming: Incoming<'groups>) -> io::Result<()> {
+        let Incoming::Permission(permission) = incoming else { return Ok(()) };
+        let event = permission.event();
+        let Event { pid: thread, range, .. } = *event;
+        // driftd itself, the host's own processes, and containers in which nothing is denied.
+        let whereabouts = whereabouts(thread);
+        let container = whereabouts.as_ref().and_then(|it| self.questions.reader(it));
+        let (Some(container), Ok(stat)) = (container, file::stat(&event.file)) else {
+            return allow(permission).map(drop);
+        };
+        let mut process = [0; MAX_STAT];
+        let Some(process) = Stat::parse(read_stat(thread, &mut process)) else {
+            return allow(permission).map(drop);
+        };
+        let read = Read::of(&process, &stat, range);
+        match self.reads.decision(&read) {
+            Some(Answer::Allow) => return allow(permission).map(drop),
+            Some(Answer::Deny) => return self.deny(permission).map(drop),
+            None => (),
+        }
+        let Waits::Under(container, number) = self.questions.turn_of(container) else {
+            return self.answer_undecided(permission).map(drop);
+        };
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let asked = Asked {
+            pid: thread,
+            at: perf::now(),
+            time: time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec),
+            stat: Ok(stat),
+            whereabouts,
+            calm: None,
+            waits: Some(number),
+        };
+        let file = permission.event().file.try_clone();
+        let (true, Ok(file)) = (self.outbox.has_room(), file) else {
+            return self.answer_undecided(permission).map(drop);
+        };
+        self.outbox.hand_on(&Message::Reads { asked, range }, Some(file), None, self.pulse);
+        self.reads.asked(number, read);
+        self.questions.wait((container, number), None, Question { permission, is_read: true });
+        Ok(())
+    }
+
+    /// The kernel asks before this file is read, from now on. If it cannot, the daemon kills
+    /// what should have been denied.
+    fn guard(&self, file: &OwnedFd) {
+        if self.read_gate.get().is_none()
+            && let Ok(group) = Group::read_gate()
+        {
+            let _ = self.read_gate.set(group);
+        }
+        let outcome = self.read_gate.get().map(|group| group.guard(file.as_fd()));
+        let counter = match outcome {
+            Some(Ok(())) => self.pulse.guarded(),
+            Some(Err(_)) | None => self.pulse.unguarded(),
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
     }
 
     fn take_decisions(&mut self) -> io::Result<()> {
@@ -395,40 +466,43 @@ impl<'groups> Process<'groups> {
             let Decided { number, decision } = wire::decode(packet.bytes)?;
             let is_unchanged = decision == Decision::AllowUnchanged;
             // It may have been answered because it waited too long.
-            let Some(permission) = self.questions.take(number, is_unchanged) else { continue };
-            match decision {
-                Decision::Allow | Decision::AllowUnchanged => {
-                    self.answered(number, permission, Some(Answer::Allow))?;
-                }
-                Decision::Deny => self.answered(number, permission, Some(Answer::Deny))?,
-                Decision::None => self.answered(number, permission, None)?,
-            }
+            let Some(question) = self.questions.take(number, is_unchanged) else { continue };
+            let answer = match decision {
+                Decision::Allow | Decision::AllowUnchanged => Some(Answer::Allow),
+                Decision::Deny => Some(Answer::Deny),
+                Decision::None => None,
+            };
+            self.answered(number, question, answer)?;
         }
         Ok(())
     }
 
     fn answer_late(&mut self) -> io::Result<()> {
-        while let Some((number, permission)) = self.questions.take_late() {
-            self.answered(number, permission, None)?;
+        while let Some((number, question)) = self.questions.take_late() {
+            self.answered(number, question, None)?;
         }
         Ok(())
     }
 
-    /// Answers an execution that has waited, and reports that to the daemon.
+    /// Answers what has waited, and reports that to the daemon.
     fn answered(
         &mut self,
         number: u64,
-        permission: Permission<'groups>,
+        question: Question<'groups>,
         with: Option<Answer>,
     ) -> io::Result<()> {
+        let Question { permission, is_read } = question;
         let at = perf::now();
-        self.pulse.answers().fetch_add(1, Ordering::SeqCst);
+        match is_read {
+            true => self.reads.answered(number, with),
+            false => _ = self.pulse.answers().fetch_add(1, Ordering::SeqCst),
+        }
         let (_, denied) = match with {
             Some(Answer::Allow) => (allow(permission)?, false),
             Some(Answer::Deny) => (self.deny(permission)?, true),
             None => self.answer_undecided(permission)?,
         };
-        let message = Message::Answered { number, denied, at };
+        let message = Message::Answered { number, denied, at, is_read };
         self.outbox.hand_on(&message, None, None, self.pulse);
         Ok(())
     }
@@ -559,6 +633,10 @@ impl<'groups> Process<'groups> {
                 self.questions.enforce(enforced);
                 Ok(())
             }
+            Request::Guard => {
+                self.guard(first()?);
+                Ok(())
+            }
             Request::EnforceNoMore { device } => {
                 self.questions.enforce_no_more(device);
                 Ok(())
@@ -576,8 +654,8 @@ impl<'groups> Process<'groups> {
             self.read(group, buffer, |this, incoming| this.asked(incoming, Some(shard)))?;
         }
         // A stop lets everything run, and what ran is handed over.
-        while let Some((number, permission)) = self.questions.take_first() {
-            self.answered(number, permission, Some(Answer::Allow))?;
+        while let Some((number, question)) = self.questions.take_first() {
+            self.answered(number, question, Some(Answer::Allow))?;
         }
         Ok(Ended::Closed)
     }
@@ -652,83 +730,4 @@ fn comm(stat: &[u8]) -> Option<&[u8]> {
     let open = stat.iter().position(|&byte| byte == b'(')?;
     let close = stat.iter().rposition(|&byte| byte == b')')?;
     stat.get(open + 1..close)
-}
-
-/// Messages that the daemon has not taken yet.
-struct Outbox {
-    channel: Channel,
-    pending: VecDeque<Waiting>,
-    max_pending: usize,
-}
-
-struct Waiting {
-    bytes: Box<[u8]>,
-    descriptors: Vec<OwnedFd>,
-}
-
-impl Outbox {
-    /// Whether another message can be handed on.
-    fn has_room(&self) -> bool {
-        self.pending.len() < self.max_pending
-    }
-
-    /// Hands a message on, and never waits. Returns false if there was no room for it.
-    fn hand_on(
-        &mut self,
-        message: &Message<'_>,
-        file: Option<OwnedFd>,
-        handle: Option<OwnedFd>,
-        pulse: &Pulse,
-    ) -> bool {
-        let mut buffer = [0; MAX_PACKET];
-        let bytes = wire::encode(message, &mut buffer);
-        if self.pending.is_empty() {
-            let mut both = [file.as_ref(), handle.as_ref()].into_iter().flatten();
-            let sent = match (both.next(), both.next()) {
-                (None, _) => self.channel.try_send(bytes, &[]),
-                (Some(one), None) => self.channel.try_send(bytes, &[one.as_fd()]),
-                (Some(one), Some(other)) => {
-                    self.channel.try_send(bytes, &[one.as_fd(), other.as_fd()])
-                }
-            };
-            if sent.is_ok() {
-                return true;
-            }
-        }
-        if self.pending.len() >= self.max_pending {
-            pulse.dropped().fetch_add(1, Ordering::Relaxed);
-            return false;
-        }
-        let descriptors = [file, handle].into_iter().flatten().collect();
-        self.pending.push_back(Waiting { bytes: bytes.into(), descriptors });
-        true
-    }
-
-    fn flush(&mut self, pulse: &Pulse) {
-        while let Some(waiting) = self.pending.front() {
-            let descriptors: Vec<_> = waiting.descriptors.iter().map(OwnedFd::as_fd).collect();
-            match self.channel.try_send(&waiting.bytes, &descriptors) {
-                Ok(()) => drop(self.pending.pop_front()),
-                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return,
-                // The daemon has ended, which the other channel shows.
-                Err(_) => {
-                    pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
-                    self.pending.clear();
-                }
-            }
-        }
-    }
-
-    /// Hands on the remaining messages, for at most two seconds.
-    fn drain(&mut self, pulse: &Pulse) {
-        let deadline = Instant::now() + LAST_PACKETS;
-        self.flush(pulse);
-        while !self.pending.is_empty() && Instant::now() < deadline {
-            let mut fds = [PollFd::from_borrowed_fd(self.channel.as_fd(), PollFlags::OUT)];
-            let turn = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-            let _ = rustix::event::poll(&mut fds, Some(&turn));
-            self.flush(pulse);
-        }
-        pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
-    }
 }

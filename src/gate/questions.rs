@@ -1,5 +1,5 @@
-//! The executions that wait for a decision: in which containers they wait, for how long, and
-//! what is allowed without a decision because it is known to be the image's own.
+//! The executions and reads that wait for a decision: in which containers they wait, for how
+//! long, and what is allowed without a decision because it is known to be the image's own.
 //!
 //! Only tables: nothing here reads, opens or answers anything. `process` answers.
 
@@ -52,12 +52,20 @@ struct Waiting<'groups> {
     container: u64,
     file: Option<File>,
     permission: Permission<'groups>,
+    is_read: bool,
     since: Instant,
+}
+
+/// A question that is answered now.
+pub(super) struct Taken<'groups> {
+    pub(super) permission: Permission<'groups>,
+    /// A thread reads a guarded file; otherwise a program is executed.
+    pub(super) is_read: bool,
 }
 
 /// A file as it is now. Its times change when it is copied up, and a container cannot set them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct File {
+pub(super) struct File {
     device: u64,
     inode: u64,
     changed: FileTime,
@@ -70,7 +78,10 @@ impl<'groups> Questions<'groups> {
         if let Some(mount) = enforced.mount {
             self.mounts.insert(mount, enforced.device);
         }
-        self.containers.insert(enforced.device, Container { enforced, waiting: 0 });
+        // With those that wait since before: the number is the same container's.
+        let of_it = |one: &&Waiting<'_>| one.container == enforced.device;
+        let waiting = self.waiting.values().filter(of_it).count();
+        self.containers.insert(enforced.device, Container { enforced, waiting });
     }
 
     /// Those that wait already are decided about, or answered when their time is over.
@@ -95,6 +106,20 @@ impl<'groups> Questions<'groups> {
         if self.known.contains(&File::of(stat)) {
             return Waits::No;
         }
+        self.turn_of(device)
+    }
+
+    /// The device of the container in which a thread reads a guarded file, if executions wait
+    /// there.
+    pub(super) fn reader(&self, whereabouts: &Whereabouts) -> Option<u64> {
+        let holds = |(device, container): (&u64, &Container)| {
+            container.enforced.holds(whereabouts).then_some(*device)
+        };
+        self.containers.iter().find_map(holds)
+    }
+
+    /// A number for a question of this container, if there is room.
+    pub(super) fn turn_of(&mut self, device: u64) -> Waits {
         let of_one = self.containers.get(&device).map_or(0, |container| container.waiting);
         if self.waiting.len() >= MAX_WAITING || of_one >= MAX_OF_ONE {
             return Waits::NoRoom;
@@ -108,34 +133,30 @@ impl<'groups> Questions<'groups> {
             return Some(file.device);
         }
         let by_mount = file.mount.and_then(|mount| self.mounts.get(&mount));
-        by_mount.copied().or_else(|| {
-            let whereabouts = whereabouts?;
-            let holds = |(device, container): (&u64, &Container)| {
-                container.enforced.holds(whereabouts).then_some(*device)
-            };
-            self.containers.iter().find_map(holds)
-        })
+        by_mount.copied().or_else(|| self.reader(whereabouts?))
     }
 
     pub(super) fn wait(
         &mut self,
         (container, number): (u64, u64),
         file: Option<&Stat>,
-        permission: Permission<'groups>,
+        taken: Taken<'groups>,
     ) {
+        let Taken { permission, is_read } = taken;
         // Files of layers on other filesystems have other devices, which are not forgotten with
         // the container.
         let file = file.filter(|stat| stat.device == container).map(File::of);
         if let Some(container) = self.containers.get_mut(&container) {
             container.waiting += 1;
         }
-        self.waiting.insert(number, Waiting { container, file, permission, since: Instant::now() });
+        let since = Instant::now();
+        self.waiting.insert(number, Waiting { container, file, permission, is_read, since });
     }
 
-    /// Takes an execution that waits; `None` if it was answered. With `is_unchanged`, its file is
+    /// Takes a question that waits; `None` if it was answered. With `is_unchanged`, its file is
     /// not asked about again until it changes.
-    pub(super) fn take(&mut self, number: u64, is_unchanged: bool) -> Option<Permission<'groups>> {
-        let Waiting { container, file, permission, .. } = self.waiting.remove(&number)?;
+    pub(super) fn take(&mut self, number: u64, is_unchanged: bool) -> Option<Taken<'groups>> {
+        let Waiting { container, file, permission, is_read, .. } = self.waiting.remove(&number)?;
         if let Some(container) = self.containers.get_mut(&container) {
             container.waiting = container.waiting.saturating_sub(1);
             if let Some(file) = file.filter(|_| is_unchanged) {
@@ -145,7 +166,7 @@ impl<'groups> Questions<'groups> {
                 self.known.insert(file);
             }
         }
-        Some(permission)
+        Some(Taken { permission, is_read })
     }
 
     /// How long until the oldest has waited too long.
@@ -155,7 +176,7 @@ impl<'groups> Questions<'groups> {
     }
 
     /// The oldest, if it has waited too long.
-    pub(super) fn take_late(&mut self) -> Option<(u64, Permission<'groups>)> {
+    pub(super) fn take_late(&mut self) -> Option<(u64, Taken<'groups>)> {
         let (_, oldest) = self.waiting.first_key_value()?;
         if oldest.since.elapsed() < self.patience() {
             return None;
@@ -164,10 +185,10 @@ impl<'groups> Questions<'groups> {
     }
 
     /// The oldest, however long it has waited.
-    pub(super) fn take_first(&mut self) -> Option<(u64, Permission<'groups>)> {
+    pub(super) fn take_first(&mut self) -> Option<(u64, Taken<'groups>)> {
         let (number, _) = self.waiting.first_key_value()?;
         let number = *number;
-        self.take(number, false).map(|permission| (number, permission))
+        self.take(number, false).map(|taken| (number, taken))
     }
 
     fn patience(&self) -> Duration {
@@ -181,7 +202,7 @@ impl<'groups> Questions<'groups> {
 }
 
 impl File {
-    fn of(stat: &Stat) -> File {
+    pub(super) fn of(stat: &Stat) -> File {
         File { device: stat.device, inode: stat.inode, changed: stat.changed }
     }
 }

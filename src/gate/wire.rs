@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::sys::fanotify::Range;
 use crate::sys::file::Stat;
 use crate::sys::procfs::Whereabouts;
 
@@ -96,13 +97,16 @@ pub(super) enum Request {
     Enforce(Enforced),
     /// Executions in the container with this device wait no more.
     EnforceNoMore { device: u64 },
+    /// Ask before this file is read: a descriptor of it, on the filesystem below the overlay.
+    /// Has no reply.
+    Guard,
     /// Close every group. Executions that were answered before are still handed over.
     Close,
 }
 
 impl Request {
     pub(super) fn is_replied_to(&self) -> bool {
-        !matches!(self, Request::Ignore(_) | Request::Release { .. })
+        !matches!(self, Request::Ignore(_) | Request::Release { .. } | Request::Guard)
     }
 }
 
@@ -150,7 +154,6 @@ pub struct Asked {
 
 /// A message of the gate to the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(clippy::large_enum_variant, reason = "nearly every message is an execution")]
 pub(super) enum Message<'packet> {
     /// A program was allowed to run, or waits for a decision: a descriptor of its file and, if
     /// the process may be a runtime on its way into a container or sessions are open, a handle of
@@ -161,9 +164,16 @@ pub(super) enum Message<'packet> {
         #[serde(borrow)]
         process: &'packet [u8],
     },
-    /// An execution that waited under this number was answered, at this time by the clock of
-    /// the kernel's records.
-    Answered { number: u64, denied: bool, at: u64 },
+    /// A thread is about to read a guarded file, and waits for a decision: a descriptor of the
+    /// file.
+    Reads {
+        /// Its `pid` is the thread's.
+        asked: Asked,
+        range: Option<Range>,
+    },
+    /// What waited under this number was answered, at this time by the clock of the kernel's
+    /// records.
+    Answered { number: u64, denied: bool, at: u64, is_read: bool },
     /// A shim executes a runtime, which is held under this number.
     Runtime {
         number: u64,

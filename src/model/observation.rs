@@ -59,9 +59,27 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// Whether it is an execution that was denied.
+    /// Whether it was denied: it was about to happen, and the kernel has refused it.
     pub fn is_denied(&self) -> bool {
-        matches!(self.fact, Fact::File(FileFact::Executed { denied: true, .. }))
+        match self.fact {
+            Fact::File(
+                FileFact::Executed { denied, .. }
+                | FileFact::Loaded { denied, .. }
+                | FileFact::Interpreted { denied, .. },
+            ) => denied,
+            _ => false,
+        }
+    }
+
+    pub fn set_denied(&mut self) {
+        if let Fact::File(
+            FileFact::Executed { denied, .. }
+            | FileFact::Loaded { denied, .. }
+            | FileFact::Interpreted { denied, .. },
+        ) = &mut self.fact
+        {
+            *denied = true;
+        }
     }
 
     /// How often it happened.
@@ -149,6 +167,8 @@ pub enum FileFact {
         is_shared: bool,
         /// The writer of the file, if the change feed has just reported it.
         writer: Option<Arc<Process>>,
+        /// It was about to be read, and the kernel has refused that.
+        denied: bool,
     },
     /// An interpreter of the image was started on a script from elsewhere.
     Interpreted {
@@ -156,6 +176,8 @@ pub enum FileFact {
         process: Arc<Process>,
         /// The writer of the script, if that is known.
         writer: Option<Arc<Process>>,
+        /// It was about to be read, and the kernel has refused that.
+        denied: bool,
     },
     /// The container's own layer holds this at `path`.
     Present {

@@ -17,8 +17,8 @@ use crate::detect::{self, Assessment, Sensitive};
 use crate::health::Failure;
 use crate::inventory::{BaselineState, Entry};
 use crate::model::{
-    Blake3Hash, ContainerId, Fact, FileFact, FileTime, FileType, FindingId, Kind, Observation,
-    Process, RootfsPath, Script, SessionFact, Severity, bytes_of_printable,
+    Answer, Blake3Hash, ContainerId, Fact, FileFact, FileTime, FileType, FindingId, Kind,
+    Observation, Process, RootfsPath, Script, SessionFact, Severity, bytes_of_printable,
 };
 use crate::policy::Policy;
 use crate::watch::Verdict;
@@ -193,7 +193,7 @@ impl State {
             FileFact::Loaded { .. } => {
                 return self.emit_loaded(observation, fact, assessment, baseline, now, effects);
             }
-            FileFact::Interpreted { script, process, writer } => {
+            FileFact::Interpreted { script, process, writer, .. } => {
                 let run = Evidence {
                     process: Some(process),
                     writer: writer.as_deref(),
@@ -231,6 +231,21 @@ impl State {
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) {
+        let Some(evidence) = self.loaded(observation, fact, &mut assessment, baseline) else {
+            return;
+        };
+        self.emit(observation, &assessment, &evidence, now, effects);
+    }
+
+    /// The evidence of a library that is loaded. The assessment of one that its program has
+    /// unpacked itself is changed.
+    pub(super) fn loaded<'a>(
+        &self,
+        observation: &Observation,
+        fact: &'a FileFact,
+        assessment: &mut Assessment,
+        baseline: &ImageBaseline,
+    ) -> Option<Evidence<'a>> {
         let FileFact::Loaded {
             path,
             filesystem,
@@ -240,9 +255,10 @@ impl State {
             by_linker,
             is_shared,
             writer,
+            ..
         } = fact
         else {
-            return;
+            return None;
         };
         let is_extracted =
             self.is_extracted(observation, baseline, process, path, state.blake3(), writer);
@@ -258,7 +274,7 @@ impl State {
             (false, true) => Some(BY_LINKER),
             (false, false) => None,
         };
-        let evidence = Evidence {
+        Some(Evidence {
             path: Some(path),
             filesystem: *filesystem,
             state: Some(state),
@@ -267,8 +283,7 @@ impl State {
             writer: writer.as_deref(),
             detail,
             ..Evidence::default()
-        };
-        self.emit(observation, &assessment, &evidence, now, effects);
+        })
     }
 
     /// Whether a program of the image has written the library that it loads. Not in a
@@ -305,7 +320,8 @@ impl State {
         let detail;
         let evidence = match script {
             Script::File { path, filesystem, state, lower } => {
-                if self.is_reported_as_script(observation, path, state.blake3()) {
+                let is_denied = observation.is_denied();
+                if !is_denied && self.is_reported_as_script(observation, path, state.blake3()) {
                     return;
                 }
                 Evidence {
@@ -343,7 +359,7 @@ impl State {
     }
 
     /// Whether a finding reports that this content was executed as a script. That finding
-    /// covers its interpreter.
+    /// covers its interpreter, unless the execution was denied: then this is another run.
     fn is_reported_as_script(
         &self,
         observation: &Observation,
@@ -354,7 +370,10 @@ impl State {
         let mut about = entry.findings.about_content(path, content);
         content.is_some()
             && observation.file_of.is_none()
-            && about.any(|finding| finding.kind == Kind::ExecScript)
+            && about.any(|finding| {
+                let outcome = finding.outcome.as_ref().map(|outcome| outcome.action.as_str());
+                finding.kind == Kind::ExecScript && outcome != Some(Answer::Deny.name())
+            })
     }
 
     /// Observations that waited have no room.
@@ -385,6 +404,28 @@ impl State {
             self.judge(&observation, now, effects);
         }
     }
+}
+
+/// The evidence of a script that an interpreter was given as a file.
+pub(super) fn script_file(fact: &FileFact) -> Option<Evidence<'_>> {
+    let FileFact::Interpreted {
+        script: Script::File { path, filesystem, state, lower },
+        process,
+        writer,
+        ..
+    } = fact
+    else {
+        return None;
+    };
+    Some(Evidence {
+        path: Some(path),
+        filesystem: *filesystem,
+        state: Some(state),
+        lower: lower.as_ref(),
+        process: Some(process),
+        writer: writer.as_deref(),
+        ..Evidence::default()
+    })
 }
 
 /// The evidence of an execution.

@@ -9,14 +9,15 @@ use jiff::Timestamp;
 
 use super::evidence::{Emission, Evidence};
 use super::findings::{new_finding, set_container};
-use super::judge::{executed, sensitive};
+use super::judge::{executed, script_file, sensitive};
 use super::messages::Effect;
 use super::state::State;
 use crate::detect;
 use crate::inventory::{BaselineState, Entry};
 use crate::model::finding::Subject;
 use crate::model::{
-    Answer, ContainerId, Fact, Finding, FindingId, Kind, Observation, RootfsPath, RuleAnswer,
+    Answer, ContainerId, Fact, FileFact, Finding, FindingId, Kind, Observation, RootfsPath,
+    RuleAnswer,
 };
 use crate::watch::{Decision, Question, SensorCommand, Undecided};
 
@@ -47,13 +48,18 @@ impl State {
         effects.push(Effect::Decide { number: *number, decision });
     }
 
-    /// Whether a rule denies an execution; `None` while there is no baseline to judge by.
+    /// Whether a rule denies what is about to happen; `None` while there is no baseline to judge by.
     fn is_denied(&self, observation: &Observation, now: Timestamp) -> Option<bool> {
         let entry = self.inventory.get(&observation.container)?;
         let BaselineState::Ready(image) = &entry.baseline.state else { return None };
         let Fact::File(fact) = &observation.fact else { return None };
-        let evidence = executed(fact)?;
-        let assessment = detect::assess(image, sensitive(&self.policy, entry, observation), fact);
+        let mut assessment =
+            detect::assess(image, sensitive(&self.policy, entry, observation), fact);
+        let evidence = match fact {
+            FileFact::Loaded { .. } => self.loaded(observation, fact, &mut assessment, image),
+            FileFact::Interpreted { .. } => script_file(fact),
+            _ => executed(fact),
+        }?;
         let linker = self.linker_of(observation, &assessment, &evidence);
         let writer = evidence.writer.or(linker.as_ref());
         let evidence = &Evidence { writer, ..evidence };

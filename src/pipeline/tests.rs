@@ -306,6 +306,29 @@ impl Node {
                 exit: Exit { code: code.parse().ok(), signal: None },
                 at: Timestamp::from_second(self.clock + 1).unwrap(),
             }),
+            ["interpret", _, _, content] => {
+                let (path, filesystem, lower) = (path(), Filesystem::Overlay, None);
+                let state = FileState { format: Format::Data, ..state_of(content) };
+                let script = Script::File { path, filesystem, state, lower };
+                let process = Arc::new(Process { exe: Some("/bin/sh".into()), ..process(42) });
+                let (writer, denied) = (None, false);
+                let fact = FileFact::Interpreted { script, process, writer, denied };
+                Input::Sensor(SensorEvent::Observed(observed(Source::Gate, Fact::File(fact))))
+            }
+            ["load", _, _, content] => {
+                let fact = FileFact::Loaded {
+                    path: path(),
+                    filesystem: Filesystem::Overlay,
+                    state: state_of(content),
+                    lower: None,
+                    process: Arc::new(process(42)),
+                    by_linker: false,
+                    is_shared: false,
+                    writer: None,
+                    denied: false,
+                };
+                Input::Sensor(SensorEvent::Observed(observed(Source::Gate, Fact::File(fact))))
+            }
             // Executed by a process that descends from `root`, whose parents have ended.
             ["left-behind", _, _, content, root] => {
                 let mut observation = observed(Source::Gate, exec(path(), content));

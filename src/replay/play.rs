@@ -672,12 +672,14 @@ fn fact_of(step: &FileStep, init: ProcessIdentity) -> Fact {
                 by_linker: false,
                 is_shared: false,
                 writer,
+                denied: false,
             })
         }
         FileAction::Interpreted => {
             runner.exe = by.map(Into::into);
             let script = ScriptFact::File { path, filesystem, state, lower: None };
-            Fact::File(FileFact::Interpreted { script, process: Arc::new(runner), writer })
+            let process = Arc::new(runner);
+            Fact::File(FileFact::Interpreted { script, process, writer, denied: false })
         }
         FileAction::Written => {
             let writer = by.map(|exe| Arc::new(process(WRITER, exe, None, init)));

@@ -4,7 +4,7 @@
 //! `doctor` and `run` report what is missing.
 
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
@@ -33,12 +33,14 @@ pub enum Feature {
     OverlayHandles,
     /// Events of mounts that come and go.
     MountEvents,
+    /// Events before a file is read.
+    ReadEvents,
     /// The sysctl `vm.memfd_noexec`.
     MemfdNoexec,
 }
 
 impl Feature {
-    pub const ALL: [Feature; 10] = [
+    pub const ALL: [Feature; 11] = [
         Feature::PermissionEvents,
         Feature::OpenBeneath,
         Feature::MountOfFile,
@@ -48,6 +50,7 @@ impl Feature {
         Feature::ProcessEvents,
         Feature::OverlayHandles,
         Feature::MountEvents,
+        Feature::ReadEvents,
         Feature::MemfdNoexec,
     ];
 
@@ -62,6 +65,7 @@ impl Feature {
             Feature::ProcessEvents => "proc_connector",
             Feature::OverlayHandles => "handle_fid",
             Feature::MountEvents => "fanotify_mounts",
+            Feature::ReadEvents => "fanotify_reads",
             Feature::MemfdNoexec => "memfd_noexec",
         }
     }
@@ -80,6 +84,7 @@ impl Feature {
             Feature::ProcessEvents => "CONFIG_PROC_EVENTS, and CAP_NET_ADMIN before Linux 6.6",
             Feature::OverlayHandles => "Linux 6.6",
             Feature::MountEvents => "Linux 6.14",
+            Feature::ReadEvents => "Linux 6.14, where the filesystem is ext4, XFS or Btrfs",
             Feature::MemfdNoexec => "Linux 6.3",
         }
     }
@@ -116,6 +121,10 @@ impl Feature {
             Feature::MountEvents => {
                 "a filesystem that is mounted in a container is noticed a moment later"
             }
+            Feature::ReadEvents => {
+                "a rule that denies cannot keep an interpreter from reading a script, or a \
+                 program from loading a library: such processes are killed instead"
+            }
             Feature::MemfdNoexec => "programs in memory can be reported, but not forbidden",
         }
     }
@@ -131,6 +140,7 @@ impl Feature {
             | Feature::ProcessEvents
             | Feature::OverlayHandles
             | Feature::MountEvents
+            | Feature::ReadEvents
             | Feature::MemfdNoexec => false,
         }
     }
@@ -148,6 +158,7 @@ impl Feature {
             Feature::ProcessEvents => connector::Connector::open().is_ok(),
             Feature::OverlayHandles => takes_handle_fid(),
             Feature::MountEvents => has_group(FAN_REPORT_MNT),
+            Feature::ReadEvents => has_read_events(),
             Feature::MemfdNoexec => std::path::Path::new("/proc/sys/vm/memfd_noexec").exists(),
         }
     }
@@ -253,6 +264,17 @@ pub fn version_of(release: &str) -> Option<(u32, u32)> {
 /// Not yet in libc.
 const FAN_REPORT_MNT: u64 = 0x4000;
 const AT_HANDLE_FID: libc::c_int = 0x200;
+
+/// Where the layers of containers usually are; the nearest directory that exists is tried.
+const LAYERS: &str = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
+
+/// Whether the kernel asks before a file of a container's layer is read.
+fn has_read_events() -> bool {
+    let nearest = std::path::Path::new(LAYERS).ancestors();
+    let directory = nearest.filter_map(|path| file::open_directory(path).ok()).next();
+    let asks = |directory: std::os::fd::OwnedFd| fanotify::asks_before_reads(directory.as_fd());
+    directory.is_some_and(|directory| asks(directory).unwrap_or(false))
+}
 
 /// Whether the kernel accepts these flags of fanotify_init(2), together with the class of
 /// notifications.

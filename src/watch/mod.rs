@@ -166,6 +166,9 @@ impl Watch {
         let (ask, questions) = bounded(QUESTION_QUEUE);
         let queues = Queues::new(files.clone(), ask);
 
+        if let ExecMarks::Gate(marks) = &marks {
+            files.guards.set_marks(marks.clone());
+        }
         let mounts =
             Arc::new(marking::Mounts::new(files.processes.clone(), marks.clone(), notifier)?);
         let marker = Arc::new(Marker {

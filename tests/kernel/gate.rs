@@ -88,6 +88,61 @@ fn deny_reaches_the_program_it_is_meant_for() {
     assert!(!child.wait().unwrap().success());
 }
 
+/// Reads a file through the container's overlay, while the gate for reads gives this answer.
+fn guarded_read(container: &Container, gate: &Group, answer: Answer) -> std::io::Result<Vec<u8>> {
+    let path = container.merged().join("guarded");
+    let reader = std::thread::spawn(move || {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        (thread, fs::read(path))
+    });
+    let mut asked = Vec::new();
+    let mut buffer = Buffer::new();
+    while !reader.is_finished() {
+        let mut fds = [rustix::event::PollFd::new(gate, rustix::event::PollFlags::IN)];
+        let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+        rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
+        for incoming in gate.read(&mut buffer, 4096).unwrap_or_default() {
+            let Incoming::Permission(permission) = incoming else { panic!("{incoming:?}") };
+            asked.push((permission.event().pid, permission.event().range));
+            permission.answer(answer).1.unwrap();
+        }
+    }
+    let (thread, read) = reader.join().unwrap();
+    assert!(!asked.is_empty(), "nothing was asked");
+    for (pid, range) in asked {
+        assert_eq!(pid, thread, "the thread is named, not its process");
+        assert!(range.is_some());
+    }
+    read
+}
+
+#[test]
+fn the_reading_of_a_guarded_file_below_an_overlay_waits_and_can_be_denied() {
+    let container = Container::start();
+    fs::write(container.merged().join("guarded"), "text").unwrap();
+    let below = fs::File::open(container.upper().join("guarded")).unwrap();
+    let directory = fs::File::open(container.upper()).unwrap();
+    let gate = Group::read_gate().unwrap();
+    if kernel_version() < (6, 14) {
+        assert!(!fanotify::asks_before_reads(directory.as_fd()).unwrap());
+        assert_eq!(gate.guard(below.as_fd()).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        return;
+    }
+    if !fanotify::asks_before_reads(directory.as_fd()).unwrap() {
+        // The test's directory is on another filesystem, such as a tmpfs.
+        let refused = gate.guard(below.as_fd()).unwrap_err().raw_os_error();
+        assert_eq!(refused, Some(libc::EOPNOTSUPP));
+        return;
+    }
+    gate.guard(below.as_fd()).unwrap();
+    assert_eq!(guarded_read(&container, &gate, Answer::Allow).unwrap(), b"text");
+    let denied = guarded_read(&container, &gate, Answer::Deny).unwrap_err();
+    assert_eq!(denied.raw_os_error(), Some(libc::EPERM));
+    // Without its gate, everything is read.
+    drop(gate);
+    assert_eq!(fs::read(container.merged().join("guarded")).unwrap(), b"text");
+}
+
 #[test]
 fn the_probe_reports_pidfds_as_the_gate_does() {
     assert_eq!(fanotify::probe().unwrap().pidfd, Group::gate().unwrap().reports_pidfd);

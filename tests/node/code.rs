@@ -14,7 +14,7 @@ use crate::node::{Container, Node, SETTLE, bench, only, wait_for};
 use crate::{programs, test_alone};
 
 /// The usual image, and on top of it a program that brings a library along.
-const IMAGE: &str = "registry.test/code:1";
+pub(crate) const IMAGE: &str = "registry.test/code:1";
 
 pub(crate) fn tests() -> Vec<Trial> {
     // One node for all cases: they need the same image of their own.
@@ -23,7 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 /// A library to be preloaded. Its constructor ends the program at once, so that it lives no
 /// longer than a millisecond.
-const PRELOADED: &str = r"
+pub(crate) const PRELOADED: &str = r"
 #include <unistd.h>
 __attribute__((constructor)) static void begin(void) { _exit(0); }
 ";
@@ -68,13 +68,13 @@ fn compile(source: &str, options: &[&str]) -> anyhow::Result<Vec<u8>> {
     Ok(fs::read(&to)?)
 }
 
-fn library(source: &str, mark: &str) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn library(source: &str, mark: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = compile(source, &["-shared", "-fPIC"])?;
     bytes.extend_from_slice(mark.as_bytes());
     Ok(bytes)
 }
 
-fn import(node: &Node) -> anyhow::Result<()> {
+pub(crate) fn import(node: &Node) -> anyhow::Result<()> {
     let mut layers = programs::workbench(&bench()?.payload)?;
     layers.push(
         Layer::new()

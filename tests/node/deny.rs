@@ -9,6 +9,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
+use crate::code;
 use crate::node::{Container, Node, bench, talk, wait_for};
 use crate::programs::compile;
 use crate::test_alone;
@@ -33,6 +34,14 @@ pub(crate) fn tests() -> Vec<Trial> {
             SETTINGS,
             |node| changed(node, 100_000),
         )
+        .with_ignored_flag(true),
+        test_alone("what_a_rule_denies_is_not_read_as_code_either", SETTINGS, |node| {
+            not_read(node, 20)
+        }),
+        test_alone("what_is_read_before_it_is_guarded_is_killed", SETTINGS, read_at_once),
+        test_alone("a_thousand_scripts_and_libraries_are_not_read", SETTINGS, |node| {
+            not_read(node, 1000)
+        })
         .with_ignored_flag(true),
         test_alone("a_storm_of_denied_programs_delays_no_other_container", SETTINGS, storm)
             .with_ignored_flag(true),
@@ -232,6 +241,112 @@ fn killed(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Scripts that are given to an interpreter, and libraries, are not executed: their reading is
+/// denied.
+fn not_read(node: &Node, times: u32) -> anyhow::Result<()> {
+    let directory = node.path("policy.d");
+    fs::create_dir_all(&directory)?;
+    fs::write(
+        directory.join("10.toml"),
+        "[[rule]]\nid = \"no-drift\"\nreason = \"a test\"\neffect = \"report\"\n\
+         answer = [\"deny\"]\n[rule.match]\nkind = [\"exec.*\", \"library.*\"]\n",
+    )?;
+    node.driftd(&["policy", "reload"])?;
+    code::import(node)?;
+    let container = node.container_of(code::IMAGE)?;
+    container.wait_until_watched()?;
+    container.lay("evil.so", &code::library(code::PRELOADED, "not read")?)?;
+    let guarded = || anyhow::Ok(node.status()?["gate"]["guarded"].as_u64().unwrap_or_default());
+    container.sh("echo 'echo ran >>/.control/ran' >/tmp/plain; cp /tmp/plain /tmp/input
+        cat /.control/evil.so >/tmp/evil.so; cat /.control/evil.so >/usr/lib/libidle.so.1.2
+        printf '#!/bin/sh\\necho ran >>/.control/ran\\n' >/tmp/executed; chmod 755 /tmp/executed
+        echo 'some data' >/tmp/data")?;
+    wait_for("the files to be guarded", || Ok((guarded()? >= 6).then_some(())))?;
+    let refused = |command: &str, expected: &str| -> anyhow::Result<()> {
+        let script = format!(
+            "i=0; while [ $i -lt {times} ]; do ( {command} ) >/.control/out 2>&1; \
+             echo $?; i=$((i+1)); done | sort | uniq -c; tail -n 1 /.control/out"
+        );
+        let ran = container.begin(&script)?.finish(Duration::from_secs(300))?;
+        ensure!(
+            ran.output.contains(expected),
+            "{command}: {}\n{:#?}\n{}",
+            ran.output,
+            container.findings()?,
+            node.logs()
+        );
+        ensure!(!container.laid("ran").exists(), "{command}: it ran: {}", ran.output);
+        Ok(())
+    };
+    // Busybox's shell takes a script that it may not read for an empty one.
+    refused("sh /tmp/plain", &format!(" {times} 0\n"))?;
+    refused("sh </tmp/input", &format!(" {times} 0\n"))?;
+    refused("/tmp/executed", &format!(" {times} 126\n"))?;
+    refused("sh /tmp/executed", &format!(" {times} 0\n"))?;
+    refused("LD_PRELOAD=/tmp/evil.so /usr/bin/unpacks", "ERROR: ld.so")?;
+    refused("/usr/bin/unpacks loads /usr/lib/libidle.so.1.2", &format!(" {times} 4\n"))?;
+    for (kind, path, count) in [
+        ("exec.interpreted", "/tmp/plain", times),
+        ("exec.interpreted", "/tmp/input", times),
+        ("exec.script", "/tmp/executed", times),
+        ("exec.interpreted", "/tmp/executed", times),
+        ("library.loaded", "/tmp/evil.so", times),
+        ("library.loaded", "/usr/lib/libidle.so.1.2", times),
+    ] {
+        let finding = wait_for("the finding", || {
+            let findings = container.findings()?;
+            Ok(findings.into_iter().find(|one| {
+                one["kind"] == kind && one["file"]["path"] == path && one["count"] == count
+            }))
+        })
+        .with_context(|| format!("{kind} {path}: {:#?}", container.findings()))?;
+        ensure!(finding["outcome"]["action"] == "deny", "{finding:#}");
+    }
+    let killed = |one: &&Value| one["outcome"]["action"] == "kill-process";
+    let findings = container.findings()?;
+    ensure!(findings.iter().find(killed).is_none(), "{findings:#?}");
+
+    // To read is not to run: these go on, and so do the host's own processes.
+    for command in ["cat /tmp/plain", "cp /tmp/evil.so /tmp/copy.so", "grep -q data /tmp/data"] {
+        let ran = container.try_sh(command)?;
+        ensure!(ran.status == 0, "{command}: {ran:?}");
+    }
+    let below = node.upperdir(&container.id)?.join("tmp/plain");
+    ensure!(fs::read(below)?.starts_with(b"echo ran"), "the host cannot read it");
+    ensure!(node.losses("undecided")? == 0, "{:#}", node.status()?);
+
+    // The rule ends, and it runs.
+    fs::remove_file(directory.join("10.toml"))?;
+    node.driftd(&["policy", "reload"])?;
+    wait_for("it to run", || {
+        container.try_sh("sh /tmp/plain")?;
+        Ok(container.laid("ran").exists().then_some(()))
+    })
+}
+
+/// A script that is run the moment it is written: its interpreter may read it before the kernel
+/// asks. Then it is killed.
+fn read_at_once(node: &Node) -> anyhow::Result<()> {
+    const TIMES: usize = 100;
+    deny(node, "\"/tmp/**\"")?;
+    let container = node.container()?;
+    container.wait_until_watched()?;
+    let script = format!(
+        "i=0; while [ $i -lt {TIMES} ]; do
+            echo \"sleep 2; echo $i >>/.control/survived\" >/tmp/s$i
+            ( sh /tmp/s$i ) >/dev/null 2>&1
+            echo $?; i=$((i+1))
+        done"
+    );
+    let ran = container.begin(&script)?.finish(Duration::from_secs(500))?;
+    let ended = |with: &str| ran.output.lines().filter(|line| *line == with).count();
+    let (denied, killed) = (ended("0"), ended("137"));
+    eprintln!("{denied} were not read, {killed} were killed");
+    ensure!(!container.laid("survived").exists(), "{}\n{}", ran.output, node.logs());
+    ensure!(denied + killed == TIMES, "{}", ran.output);
+    Ok(())
+}
+
 /// Nothing waits longer than the deadline and the guardian's patience.
 fn stuck(node: &Node) -> anyhow::Result<()> {
     deny(node, "\"/tmp/**\"")?;
@@ -244,6 +359,8 @@ fn stuck(node: &Node) -> anyhow::Result<()> {
         let output = attempt(&container, 3, "/tmp/x")?;
         ensure!(output.starts_with("ran 0 refused 3 "), "{signal}: {output}");
         kill(node.driftd_pid()?, signal)?;
+        // The reading of a guarded file waits like an execution.
+        container.sh("cat /tmp/marker.sh >/dev/null; ( sh /tmp/marker.sh )")?;
         let output = attempt(&container, 10, "/tmp/x")?;
         let slowest = slowest(&output)?;
         ensure!(slowest < 5_000_000, "{signal}: {output}");

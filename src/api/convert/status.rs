@@ -56,6 +56,7 @@ pub(crate) fn missing_to_proto(missing: &Missing) -> proto::Missing {
 /// `None` until the gate's mode is decided.
 pub(crate) fn gate_to_proto(health: &Health) -> Option<proto::Gate> {
     let (denied, undecided) = health.denied();
+    let (guarded, unguarded) = health.guarded();
     health.gating.get().map(|gating| proto::Gate {
         mode: gating.mode.to_owned(),
         instead: gating.instead.clone().unwrap_or_default(),
@@ -63,6 +64,8 @@ pub(crate) fn gate_to_proto(health: &Health) -> Option<proto::Gate> {
         copy_ups: health.copy_ups(),
         denied,
         undecided,
+        guarded,
+        unguarded,
     })
 }
 

@@ -26,6 +26,7 @@ fn load(path: &str, content: &str, loads: Process, writer: Option<Process>) -> I
         by_linker: false,
         is_shared: false,
         writer: writer.map(Arc::new),
+        denied: false,
     });
     let at = Timestamp::from_second(1).unwrap();
     let container = id("c1");

@@ -25,9 +25,7 @@ impl Node {
         let Input::Sensor(SensorEvent::Observed(mut observation)) = self.input(line) else {
             panic!("{line}: no observation")
         };
-        if let Fact::File(FileFact::Executed { denied, .. }) = &mut observation.fact {
-            *denied = true;
-        }
+        observation.set_denied();
         self.give(Input::Sensor(SensorEvent::Observed(observation)));
     }
 
@@ -97,6 +95,50 @@ fn an_exception_and_a_rehearsal_deny_nothing() {
         node.state.policy.enforce = enforce;
         assert_eq!(node.decide("exec c1 /tmp/x evil"), expected, "{enforce:?}");
     }
+}
+
+#[test]
+fn the_reading_of_a_script_or_a_library_is_decided_like_an_execution() {
+    for (rule, script, library) in [
+        ("kind = [\"exec.interpreted\"]", Decision::Deny, Decision::Allow),
+        ("kind = [\"library.*\"]", Decision::Allow, Decision::Deny),
+        ("kind = [\"exec.new\"]", Decision::Allow, Decision::Allow),
+        ("severity = \">=medium\"", Decision::Deny, Decision::Deny),
+    ] {
+        let mut node = denying(rule);
+        assert_eq!(node.decide("interpret c1 /tmp/x evil"), script, "{rule}");
+        assert_eq!(node.decide("load c1 /tmp/x evil"), library, "{rule}");
+    }
+    let mut node = denying("severity = \">=medium\"");
+    node.was_denied("interpret c1 /tmp/x evil");
+    node.was_denied("load c1 /tmp/y evil");
+    assert_eq!(asked(&mut node), [""; 0], "what was denied is not killed");
+    let kinds: Vec<Kind> = node.newest().iter().map(|finding| finding.kind).collect();
+    assert_eq!(kinds, [Kind::ExecInterpreted, Kind::LibraryLoaded]);
+    for finding in node.newest() {
+        assert_eq!(finding.outcome.as_ref().unwrap().action, "deny");
+    }
+}
+
+#[test]
+fn a_script_whose_execution_was_denied_is_still_denied_to_an_interpreter() {
+    let mut node = denying("kind = [\"exec.*\"]");
+    let script = |node: &Node| {
+        let mut input = node.input("exec c1 /tmp/x evil");
+        if let Input::Sensor(SensorEvent::Observed(observation)) = &mut input
+            && let Fact::File(FileFact::Executed { state, .. }) = &mut observation.fact
+        {
+            state.format = Format::Script;
+            observation.set_denied();
+        }
+        input
+    };
+    let denied = script(&node);
+    node.give(denied);
+    assert_eq!(node.decide("interpret c1 /tmp/x evil"), Decision::Deny);
+    // Where it ran nevertheless, its process is killed.
+    node.play("interpret c1 /tmp/x evil");
+    assert_eq!(asked(&mut node), ["kill-process c1 42"]);
 }
 
 #[test]

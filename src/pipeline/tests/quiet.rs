@@ -21,7 +21,8 @@ fn script_of(path: &str, content: &str, process: Process) -> Fact {
     let state = FileState { format: Format::Script, ..state_of(content) };
     let (path, filesystem, lower) = (at(path), Filesystem::Overlay, None);
     let script = Script::File { path, filesystem, state, lower };
-    Fact::File(FileFact::Interpreted { script, process: Arc::new(process), writer: None })
+    let process = Arc::new(process);
+    Fact::File(FileFact::Interpreted { script, process, writer: None, denied: false })
 }
 
 fn run(path: &str, content: &str, process: Process, by: Option<Process>) -> Fact {
@@ -42,6 +43,7 @@ fn loaded(path: &str, content: &str, process: Process, by: Option<Process>) -> F
         by_linker: false,
         is_shared: false,
         writer: by.map(Arc::new),
+        denied: false,
     })
 }
 
@@ -398,7 +400,7 @@ fn w08_scripts_that_the_images_archiver_has_unpacked_are_one_line_and_others_are
     node.see(Source::Trace, script_of("/src/defines.awk", "defines", awk));
     let piped = |process: Process| {
         let (script, process) = (model::Script::Pipe { from: None }, Arc::new(process));
-        Fact::File(FileFact::Interpreted { script, process, writer: None })
+        Fact::File(FileFact::Interpreted { script, process, writer: None, denied: false })
     };
     node.see(Source::Trace, piped(program(304, "/bin/busybox", &configure)));
     assert_eq!(node.lines(), [line(23)]);

@@ -6,6 +6,8 @@
 use std::mem::offset_of;
 use std::os::fd::{OwnedFd, RawFd};
 
+use serde::{Deserialize, Serialize};
+
 use crate::sys::handle::FileHandle;
 
 /// One event of a file.
@@ -18,6 +20,23 @@ pub struct Event<Fd = OwnedFd> {
     /// The same process as a handle, if the group reports it and the process still existed.
     pub pidfd: Option<Fd>,
     pub mask: u64,
+    /// What is about to be read, in an event before a read.
+    pub range: Option<Range>,
+}
+
+/// A part of a file. The kernel widens it to whole pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    pub offset: u64,
+    pub length: u64,
+}
+
+impl Range {
+    /// Whether this is the file's beginning and no more than the smallest page: a dynamic
+    /// linker reads the header of a library so.
+    pub fn is_head(self) -> bool {
+        self.offset == 0 && self.length <= 4096
+    }
 }
 
 /// An event in the buffer, before its descriptors are owned.
@@ -46,12 +65,16 @@ type Metadata = libc::fanotify_event_metadata;
 type InfoHeader = libc::fanotify_event_info_header;
 
 // Linux 6.14, and not yet in libc.
+const FAN_EVENT_INFO_TYPE_RANGE: u8 = 6;
 const FAN_EVENT_INFO_TYPE_MNT: u8 = 7;
+
+/// A file is about to be read (Linux 6.14, and not yet in libc).
+pub const FAN_PRE_ACCESS: u64 = 0x0010_0000;
 
 const METADATA_LEN: usize = size_of::<Metadata>();
 const INFO_HEADER_LEN: usize = size_of::<InfoHeader>();
 const PERMISSION_EVENTS: u64 =
-    libc::FAN_OPEN_PERM | libc::FAN_ACCESS_PERM | libc::FAN_OPEN_EXEC_PERM;
+    libc::FAN_OPEN_PERM | libc::FAN_ACCESS_PERM | libc::FAN_OPEN_EXEC_PERM | FAN_PRE_ACCESS;
 
 fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..)?.first_chunk::<N>().copied()
@@ -81,7 +104,7 @@ pub fn decode<Fd>(
             _ if mask & libc::FAN_Q_OVERFLOW != 0 => Decoded::Overflow,
             None => Decoded::WithoutFile { mask },
             Some(file) => {
-                let event = Event { file, pid, pidfd, mask };
+                let event = Event { file, pid, pidfd, mask, range: range_record(records) };
                 if mask & PERMISSION_EVENTS == 0 {
                     Decoded::Notification(event)
                 } else {
@@ -250,6 +273,20 @@ fn split_record(records: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     }
     let (record, following) = records.split_at(len);
     Some((info_type, record, following))
+}
+
+/// The part of the file in an event before a read. Its record has a header, four bytes of
+/// padding, the offset, and the length.
+fn range_record(mut records: &[u8]) -> Option<Range> {
+    loop {
+        let (info_type, record, following) = split_record(records)?;
+        if info_type == FAN_EVENT_INFO_TYPE_RANGE {
+            let at = |offset| bytes_at(record, offset).map(u64::from_ne_bytes);
+            let start = INFO_HEADER_LEN.next_multiple_of(8);
+            return Some(Range { offset: at(start)?, length: at(start + 8)? });
+        }
+        records = following;
+    }
 }
 
 /// The descriptor in an event's pidfd record. Records of other types are skipped.

@@ -83,6 +83,24 @@ impl Group {
         Group::richest(InitFlags::FAN_CLASS_CONTENT, Queue::Unlimited, false)
     }
 
+    /// A group that the kernel asks before a guarded file is read. Its events name the thread,
+    /// because only the thread waits. Any kernel makes such a group; marks for reads need
+    /// Linux 6.14.
+    pub fn read_gate() -> Result<Group, Error> {
+        let flags = InitFlags::FAN_CLASS_PRE_CONTENT
+            | InitFlags::FAN_CLOEXEC
+            | InitFlags::FAN_NONBLOCK
+            | InitFlags::FAN_UNLIMITED_QUEUE
+            | InitFlags::FAN_UNLIMITED_MARKS
+            | InitFlags::from_bits_retain(libc::FAN_REPORT_TID);
+        let event_flags = EventFFlags::O_LARGEFILE
+            | EventFFlags::O_CLOEXEC
+            | EventFFlags::O_NONBLOCK
+            | EventFFlags::O_NOATIME;
+        let fanotify = Fanotify::init(flags, event_flags).map_err(Error::from_init)?;
+        Ok(Group { fanotify, reports_pidfd: false })
+    }
+
     /// Tries sets of flags, the richest first: a kernel's version does not show which flags
     /// were backported to it.
     fn richest(class: InitFlags, queue: Queue, want_pidfd: bool) -> Result<Group, Error> {

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use nix::sys::fanotify::{MarkFlags, MaskFlags};
 
+use super::decode::FAN_PRE_ACCESS;
 use super::group::Group;
 use crate::sys::file;
 
@@ -111,6 +112,14 @@ impl Group {
     /// Marks an open file.
     pub fn mark_file(&self, file: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
         self.mark_object(MarkFlags::FAN_MARK_ADD, mask, file)
+    }
+
+    /// From now on, reads of an open file wait for this group's answer. Files that were opened
+    /// before are not asked about. The mark ends when the kernel drops the inode from its
+    /// memory: so any number of files can be marked.
+    pub fn guard(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        let flags = MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_EVICTABLE;
+        self.mark_object(flags, FAN_PRE_ACCESS, file)
     }
 
     /// From now on the group gets no events of `mask` for an open file, until the file is

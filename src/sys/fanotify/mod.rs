@@ -17,10 +17,10 @@ mod probe;
 mod read;
 
 pub use decode::{
-    Decoded, DecodedMount, DecodedName, Event, Malformed, Named, decode, decode_mounts,
-    decode_names,
+    Decoded, DecodedMount, DecodedName, Event, FAN_PRE_ACCESS, Malformed, Named, Range, decode,
+    decode_mounts, decode_names,
 };
 pub use error::{Error, GROUPS_OF_A_DAEMON, max_user_groups};
 pub use group::{Group, Queue};
-pub use probe::{Capabilities, GroupsLeft, groups_left, probe};
+pub use probe::{Capabilities, GroupsLeft, asks_before_reads, groups_left, probe};
 pub use read::{Answer, Buffer, Incoming, Permission, ReadError};

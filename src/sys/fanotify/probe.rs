@@ -2,6 +2,7 @@
 //!
 //! Found by trying: `doctor` and the start of the daemon use it.
 
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -46,6 +47,20 @@ pub struct Capabilities {
     /// Renames, removals and changes of metadata are reported when they happen. Without this
     /// only scans find them.
     pub names: bool,
+}
+
+/// Whether the kernel asks before a file is read, on the filesystem of an open directory. No
+/// file is marked: the question is about the directory itself, which is not read as a file.
+pub fn asks_before_reads(directory: BorrowedFd<'_>) -> Result<bool, Error> {
+    let group = Group::read_gate()?;
+    match group.guard(directory) {
+        Ok(()) => Ok(true),
+        // EINVAL: the kernel is older. EOPNOTSUPP: the filesystem does not take part.
+        Err(err) => match err.raw_os_error() {
+            Some(libc::EINVAL | libc::EOPNOTSUPP) => Ok(false),
+            _ => Err(Error::Other(err)),
+        },
+    }
 }
 
 /// Tries what the watchers need. The error names what is missing.

@@ -17,6 +17,7 @@ mod mappings;
 mod namespaces;
 mod stat;
 mod status;
+mod threads;
 mod time;
 
 pub use ancestors::{all, ancestors, chain};
@@ -30,6 +31,7 @@ pub use namespaces::{
     pid_namespace_of,
 };
 pub use stat::{ArgumentArea, Stat, activity, age, has_threads, read_stat, tty_name};
+pub use threads::{is_in_execve, process_of};
 pub use time::{ticks_in, ticks_since_boot, time_of_ticks};
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::model::ProcessIdentity;
 
 /// Where a program's arguments and environment lie in its memory. Every execve writes them
 /// anew, at random addresses: another area means another program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ArgumentArea {
     pub arguments: (u64, u64),
     pub environment: (u64, u64),

@@ -56,13 +56,14 @@ pub(crate) fn by_descriptor(handle: &Handle, number: u32) -> Given {
     }
 }
 
-/// The file that a shell reads its script from: under the number that bash uses, or else
-/// under one of the first numbers that other shells use for themselves. If the parent has
-/// the same file under that number, the shell has inherited it and it is no script.
-pub(crate) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
+/// The files that a shell may read its script from: under the number that bash uses, and under
+/// the first numbers that other shells use for themselves. If the parent has the same file
+/// under that number, the shell has inherited it and it is no script. It can also have been
+/// given another file under such a number, by a redirection: then there are several.
+pub(crate) fn held_by_shell(handle: &Handle) -> Vec<OwnedFd> {
     let parent = Handle::open(handle.first_stat().parent).ok();
     let identity = |fd: &OwnedFd| file::stat(fd).ok().map(|stat| (stat.device, stat.inode));
-    [255, 10, 11].into_iter().find_map(|number| {
+    let candidates = [255, 10, 11, 12].into_iter().filter_map(|number| {
         if !matches!(handle.access(number), Ok((true, false))) {
             return None;
         }
@@ -70,7 +71,8 @@ pub(crate) fn held_by_shell(handle: &Handle) -> Option<OwnedFd> {
         let parents = parent.as_ref().and_then(|parent| parent.open_descriptor(number).ok());
         let is_given = parents.is_some_and(|parents| identity(&parents) == identity(&fd));
         (!is_given).then_some(fd)
-    })
+    });
+    candidates.collect()
 }
 
 /// A path that the kernel reports to driftd, as seen from a process's root.

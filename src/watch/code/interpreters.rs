@@ -8,6 +8,7 @@
 //! the processes for them.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ const BETWEEN_NEIGHBOURS: Duration = Duration::from_millis(50);
 struct Check {
     watched: Arc<Watched>,
     at: Timestamp,
+    /// When, by the clock of the kernel's records.
+    executed: u64,
     handle: Handle,
     process: Process,
     /// A script that is reported by the next check. From a pipe: unless the process turns out
@@ -268,6 +271,7 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
     let mut check = Check {
         watched,
         at,
+        executed,
         handle,
         process,
         pending: None,
@@ -312,11 +316,35 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
 fn named(shared: &Files, check: &mut Check) {
     let Some(script) = &check.script else { return };
     let by_name = given::by_name(&check.watched, &check.handle, &script.name);
-    let held = script.is_shells.then(|| given::held_by_shell(&check.handle)).flatten();
-    if let (Some(script), Some(_)) = (&mut check.script, &held) {
+    let held = if script.is_shells { given::held_by_shell(&check.handle) } else { Vec::new() };
+    if let (Some(script), false) = (&mut check.script, held.is_empty()) {
         script.is_certain = true;
     }
-    take(shared, check, held.map_or(by_name, Given::File));
+    let given = held_script(shared, check, &by_name, held).map_or(by_name, Given::File);
+    take(shared, check, given);
+}
+
+/// Which of the files that a shell holds is its script: the one that its name leads to, or else
+/// the first that is not the image's own.
+fn held_script(
+    shared: &Files,
+    check: &Check,
+    by_name: &Given,
+    mut held: Vec<OwnedFd>,
+) -> Option<OwnedFd> {
+    let identity = |fd: &OwnedFd| file::stat(fd).ok().map(|stat| (stat.device, stat.inode));
+    let named = match by_name {
+        Given::File(fd) => identity(fd),
+        _ => None,
+    };
+    let is_named = |fd: &OwnedFd| named.is_some() && identity(fd) == named;
+    let is_images = |fd: &OwnedFd| {
+        let examined = inspect::examine(shared, &check.watched, Some(&check.handle), fd);
+        matches!(examined, inspect::Examined::Image)
+    };
+    let found = held.iter().position(is_named);
+    let found = found.or_else(|| held.iter().position(|fd| !is_images(fd)));
+    (!held.is_empty()).then(|| held.swap_remove(found.unwrap_or(0)))
 }
 
 /// Reports a script, if it is not the image's own.
@@ -380,23 +408,25 @@ fn named_again(shared: &Files, check: &mut Check) {
     let Some(script) = &mut check.script else { return };
     let is_missing = std::mem::take(&mut script.is_missing);
     let is_shells = script.is_shells && !std::mem::replace(&mut script.is_certain, true);
-    if is_shells
-        && (is_missing || check.is_service)
-        && let Some(held) = given::held_by_shell(&check.handle)
-    {
+    let name = script.name.clone();
+    let is_open = is_shells && (is_missing || check.is_service);
+    if !is_open && !is_missing {
+        return;
+    }
+    let given = given::by_name(&check.watched, &check.handle, &name);
+    let held = if is_open { given::held_by_shell(&check.handle) } else { Vec::new() };
+    if let Some(held) = held_script(shared, check, &given, held) {
         check.is_service = false;
         return take(shared, check, Given::File(held));
     }
     if !is_missing {
         return;
     }
-    let given = given::by_name(&check.watched, &check.handle, &script.name);
     if !matches!(given, Given::Missing) {
         return take(shared, check, given);
     }
     // The interpreter runs, so there was a script. A script that cannot be found does not
     // count as the image's own.
-    let name = script.name.clone();
     let path = if name.starts_with(b"/") {
         RootfsPath::new(name)
     } else {
@@ -508,8 +538,26 @@ fn report_pending(shared: &Files, check: &mut Check) {
         Script::Pipe { .. } => None,
     };
     let process = Arc::new(check.process.clone());
-    let fact = Fact::File(FileFact::Interpreted { script, process, writer });
+    if was_denied(shared, check, written.stat.as_ref()) {
+        return;
+    }
+    let denied = false;
+    let fact = Fact::File(FileFact::Interpreted { script, process, writer, denied });
     shared.observe(&check.watched, check.at, Source::Trace, fact);
+}
+
+/// Whether the interpreter may not read its script before that was decided.
+fn is_asked_about(shared: &Files, check: &Check, script: Option<&file::Stat>) -> bool {
+    let Check { watched, executed, .. } = check;
+    // Where the kernel refuses all marks, nothing is asked.
+    shared.health.guarded().0 > 0
+        && script.is_some_and(|stat| shared.guards.was_guarded(watched, stat, *executed))
+}
+
+/// Whether it was not allowed to read it. Then it has not run, and that was reported.
+fn was_denied(shared: &Files, check: &Check, script: Option<&file::Stat>) -> bool {
+    let (Check { watched, executed, .. }, pid) = (check, check.handle.identity().pid);
+    script.is_some_and(|stat| shared.guards.is_denied(watched, pid, stat, *executed))
 }
 
 /// The writer of a script, if that is known.
@@ -558,8 +606,10 @@ fn report_script(
             let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
             // The event of its closing may not have been read yet.
             let may_show_its_writer = written.writer.is_none() && written.stat.is_some();
+            // It waits to be read, or was not allowed to be.
+            let is_asked_about = is_asked_about(shared, check, written.stat.as_ref());
             let script = Script::File { path, filesystem, state, lower };
-            if (may_be_executed || may_show_its_writer)
+            if (may_be_executed || may_show_its_writer || is_asked_about)
                 && file_of.is_none()
                 && check.pending.is_none()
             {
@@ -567,7 +617,7 @@ fn report_script(
                 return;
             }
             let writer = written.writer;
-            Fact::File(FileFact::Interpreted { script, process, writer })
+            Fact::File(FileFact::Interpreted { script, process, writer, denied: false })
         }
     };
     shared.observe_file_of(&check.watched, file_of, check.at, Source::Trace, fact);

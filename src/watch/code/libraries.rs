@@ -606,6 +606,7 @@ fn report(
         by_linker,
         is_shared: mapped.is_shared,
         writer,
+        denied: false,
     });
     shared.observe_file_of(watched, file_of, *at, source, fact);
 }

@@ -198,6 +198,10 @@ impl Marker {
         if let Err(err) = done {
             tracing::error!(%container, "the gate does not take whether rules may deny here: {err}");
         }
+        // What is there already is guarded by a walk.
+        if watched.set_enforced(undecided.is_some()) && watched.is_enforced() {
+            watched.ask_for_walk();
+        }
     }
 
     pub(crate) fn detach(&self, container: &ContainerId) {

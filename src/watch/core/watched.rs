@@ -90,6 +90,8 @@ struct Scans {
 #[derive(Debug, Default)]
 struct Run {
     has_own_pid_namespace: AtomicBool,
+    /// Rules may deny here: executions wait for decisions.
+    is_enforced: AtomicBool,
     /// A session was opened in it.
     has_sessions: AtomicBool,
     /// The container has ended: only its last scan remains.
@@ -234,6 +236,16 @@ impl Watched {
             cgroup: self.cgroup.clone(),
             undecided,
         }
+    }
+
+    /// Whether rules may deny what is run in it.
+    pub(crate) fn is_enforced(&self) -> bool {
+        self.run.is_enforced.load(Ordering::Acquire)
+    }
+
+    /// True if that is new.
+    pub(crate) fn set_enforced(&self, is_enforced: bool) -> bool {
+        self.run.is_enforced.swap(is_enforced, Ordering::AcqRel) != is_enforced
     }
 
     /// Whether a session was opened in it since it is watched.

@@ -30,15 +30,15 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::execution::Execution;
-use super::questions::{Asking, New, Stage};
+use super::questions::{Asking, New, NewRead, Stage};
 use super::repeats::{self, Repeats};
 use super::shared::Exec;
 use super::take;
 use crate::gate::{self, Asked, Calm, Decision, Decisions, Events, Marks};
 use crate::health::Failure;
-use crate::model::{Fact, FileFact, Filesystem};
+use crate::model::{Fact, FileFact, Filesystem, Observation};
 use crate::pulse::{Pulse, TURN};
-use crate::sys::fanotify::{Buffer, Event, Group, Incoming, ReadError};
+use crate::sys::fanotify::{Buffer, Event, Group, Incoming, Range, ReadError};
 use crate::sys::procfs::{self, Handle, Stat, Whereabouts};
 use crate::sys::{file, perf, pidfd};
 use crate::threads;
@@ -190,7 +190,13 @@ impl Gate {
                     Caller { stat: process, pid: asked.pid, asked: Some(asked.at), pidfd: handle };
                 self.executed(asked, caller, file);
             }
-            gate::Event::Answered { number, denied, at } => self.answered(number, denied, at),
+            gate::Event::Reads { asked, range, file } => self.reads(asked, range, file),
+            gate::Event::Answered { number, denied, at, is_read: true } => {
+                self.answered_read(number, denied, at);
+            }
+            gate::Event::Answered { number, denied, at, is_read: false } => {
+                self.answered(number, denied, at);
+            }
             gate::Event::Runtime { number, process } => {
                 let Arrivals { shared, marks, .. } = &self.arrivals;
                 let Some(process) = process else { return marks.release(number) };
@@ -253,21 +259,60 @@ impl Gate {
             if !denied {
                 // The kernel records its execve after this moment.
                 seen.caller.asked = Some(at);
+                shared.observed().allowed(seen.caller.pid, &seen.stat);
                 self.arrivals.hand_on(seen);
-            } else if let Some(mut observation) = observed
-                && let Fact::File(FileFact::Executed { denied, path, .. }) = &mut observation.fact
+            } else if let Some((observation, _)) = observed
+                && let Fact::File(FileFact::Executed { path, .. }) = &observation.fact
             {
-                *denied = true;
                 shared.observed().denied(seen.caller.pid, at, path.clone());
-                let container = observation.container.clone();
-                if shared.try_report(SensorEvent::Observed(observation)).is_err() {
-                    let watched = shared.table.get(&container);
-                    let detail = "the pipeline has no room for an observation";
-                    shared.lose(Failure::PipelineFull, watched.as_ref(), detail);
-                }
+                self.report_denial(observation);
             }
         }
         shared.gate_taken.fetch_add(1, Ordering::Release);
+    }
+
+    fn report_denial(&self, mut observation: Observation) {
+        let shared = &self.arrivals.shared;
+        observation.set_denied();
+        let container = observation.container.clone();
+        if shared.try_report(SensorEvent::Observed(observation)).is_err() {
+            let watched = shared.table.get(&container);
+            let detail = "the pipeline has no room for an observation";
+            shared.lose(Failure::PipelineFull, watched.as_ref(), detail);
+        }
+    }
+
+    /// Has it decided whether a thread may read a guarded file.
+    fn reads(&self, asked: Asked, range: Option<Range>, file: OwnedFd) {
+        let Asked { pid: thread, time, stat, whereabouts, waits, .. } = asked;
+        let Some(number) = waits else { return };
+        let table = &self.arrivals.shared.table;
+        let watched = whereabouts.as_ref().and_then(|it| table.of_whereabouts(it));
+        let at = Timestamp::from_nanosecond(time.into()).unwrap_or_default();
+        let decision = match (watched, stat) {
+            (Some(watched), Ok(stat)) => {
+                let read = NewRead { watched, file, stat, range, thread, at };
+                let asking = Asking { number, stage: Stage::Read(Box::new(read)) };
+                self.waiting.asking.try_send(asking).err().map(|_| Decision::None)
+            }
+            _ => Some(Decision::Allow),
+        };
+        if let Some(decision) = decision {
+            self.waiting.decisions.decide(number, decision);
+        }
+    }
+
+    /// A thread that waited to read a guarded file may read it, or may not.
+    fn answered_read(&self, number: u64, denied: bool, at: u64) {
+        let shared = &self.arrivals.shared;
+        let observed = shared.observed().take(number);
+        let Some((observation, file)) = observed.filter(|_| denied) else { return };
+        if let Some(process) = observation.fact.process()
+            && let Some(watched) = shared.table.get(&observation.container)
+        {
+            shared.guards.deny(&watched, process.identity.pid, &file, at);
+        }
+        self.report_denial(observation);
     }
 }
 

@@ -1,39 +1,60 @@
-//! What is known of executions that wait for a decision, until they are answered, and of those
-//! that were denied a moment ago.
+//! What is known of executions and reads that wait for a decision, until they are answered, and
+//! of those that were answered a moment ago.
 //!
-//! Owns the tables alone. `questions` makes the observations, `gate` reports those of executions
-//! that were denied, and `trace` asks what a process runs instead.
+//! Owns the tables alone. `questions` makes the observations, `gate` reports those of what was
+//! denied, and `trace` asks what a process runs instead.
 
 use std::collections::HashMap;
 
-use crate::model::{Observation, RootfsPath};
+use crate::model::{FileTime, Observation, RootfsPath};
+use crate::sys::file::Stat;
 
 /// How many are kept: more than may wait.
 const MAX_OBSERVED: usize = 2048;
 const MAX_DENIED: usize = 2048;
+const MAX_ALLOWED: usize = 16 * 1024;
 
 /// How soon a process runs something else in place of what was denied, in nanoseconds.
 const MOMENT: u64 = 1_000_000_000;
 
-/// The observations of executions that wait, by number: what is denied is reported by them.
+/// The observations of what waits, with its file, by number: what is denied is reported by them.
 #[derive(Debug, Default)]
 pub(crate) struct Observed {
-    waiting: HashMap<u64, Observation>,
+    waiting: HashMap<u64, (Observation, Stat)>,
+    /// The last file that each process was allowed to execute, by the time when it was made:
+    /// the same on the overlay and below it.
+    allowed: HashMap<u32, FileTime>,
     /// The last denial of each process: when, by the clock of the kernel's records, and of what.
     denied: HashMap<u32, (u64, RootfsPath)>,
 }
 
 impl Observed {
-    pub(crate) fn keep(&mut self, number: u64, observation: Observation) {
+    pub(crate) fn keep(&mut self, number: u64, observation: Observation, file: Stat) {
         // A number whose answer was lost stays. Each is a moment old at most.
         if self.waiting.len() >= MAX_OBSERVED {
             self.waiting.clear();
         }
-        self.waiting.insert(number, observation);
+        self.waiting.insert(number, (observation, file));
     }
 
-    pub(crate) fn take(&mut self, number: u64) -> Option<Observation> {
+    pub(crate) fn take(&mut self, number: u64) -> Option<(Observation, Stat)> {
         self.waiting.remove(&number)
+    }
+
+    /// A process was allowed to execute a file.
+    pub(crate) fn allowed(&mut self, pid: u32, file: &Stat) {
+        if self.allowed.len() >= MAX_ALLOWED {
+            self.allowed.clear();
+        }
+        if let Some(born) = file.born {
+            self.allowed.insert(pid, born);
+        }
+    }
+
+    /// Whether this is the last file that a process was allowed to execute: a script, which its
+    /// interpreter reads.
+    pub(crate) fn was_allowed(&self, pid: u32, file: &Stat) -> bool {
+        file.born.is_some() && self.allowed.get(&pid).copied() == file.born
     }
 
     /// An execution was denied to a process.

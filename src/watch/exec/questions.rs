@@ -1,4 +1,5 @@
-//! Executions that wait for a decision: what the pipeline needs to know to decide.
+//! Executions, and reads of guarded files, that wait for a decision: what the pipeline needs to
+//! know to decide.
 //!
 //! Where rules may deny, the gate keeps the kernel's question and hands the execution over
 //! under a number. What is certainly the image's own is allowed at once. Everything else comes
@@ -15,7 +16,7 @@
 //! An execution that is allowed goes on to `take`, like every other. There it is examined
 //! again: what ran may be something else by then.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,11 +28,14 @@ use super::shared::Exec;
 use super::writable::WriterCheck;
 use crate::gate::{Decision, Decisions};
 use crate::model::{
-    ContainerId, CouldChange, Fact, FileFact, Filesystem, LayerFile, Observation, Source,
+    ContainerId, CouldChange, Fact, FileFact, Filesystem, LayerFile, Observation, RootfsPath,
+    Script, Source,
 };
-use crate::sys::file::Stat;
+use crate::sys::fanotify::Range;
+use crate::sys::file::{self, Stat};
 use crate::sys::procfs;
 use crate::threads;
+use crate::watch::code::reads::{self, Purpose};
 use crate::watch::core::fair::{self, Owned, Receiver};
 use crate::watch::core::message::Question;
 use crate::watch::core::watched::Watched;
@@ -53,7 +57,28 @@ pub(crate) struct Asking {
 #[derive(Debug)]
 pub(crate) enum Stage {
     New(Box<New>),
-    Reading(Box<Described>),
+    /// A thread waits to read a guarded file.
+    Read(Box<NewRead>),
+    Reading(Box<Described>, Use),
+}
+
+/// How the file is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    Executed,
+    Loaded { by_linker: bool },
+    Interpreted,
+}
+
+#[derive(Debug)]
+pub(crate) struct NewRead {
+    pub(crate) watched: Arc<Watched>,
+    /// On the filesystem below the overlay.
+    pub(crate) file: OwnedFd,
+    pub(crate) stat: Stat,
+    pub(crate) range: Option<Range>,
+    pub(crate) thread: u32,
+    pub(crate) at: Timestamp,
 }
 
 #[derive(Debug)]
@@ -73,7 +98,8 @@ impl Owned for Asking {
     fn owner(&self) -> &ContainerId {
         match &self.stage {
             Stage::New(new) => &new.watched.container,
-            Stage::Reading(described) => &described.watched.container,
+            Stage::Read(read) => &read.watched.container,
+            Stage::Reading(described, _) => &described.watched.container,
         }
     }
 }
@@ -89,13 +115,21 @@ pub(crate) fn run(
     // hashes what they choose.
     while let Some(Asking { number, stage }) = shared.next_to_report(asking) {
         let described = match stage {
-            Stage::New(new) => describe(shared, *new),
-            Stage::Reading(described) => Some(described),
-        };
-        let Some(mut described) = described else {
             // Without a path no rule can be applied.
-            decisions.decide(number, Decision::None);
-            continue;
+            Stage::New(new) => {
+                describe(shared, *new).map(|it| (it, Use::Executed)).ok_or(Decision::None)
+            }
+            // It is read for something that no finding is about.
+            Stage::Read(read) => describe_read(shared, *read).ok_or(Decision::Allow),
+            Stage::Reading(described, used) => Ok((described, used)),
+        };
+        let (mut described, used) = match described {
+            Ok(described) => described,
+            Err(decision) => {
+                decisions.decide(number, decision);
+                asking.finish();
+                continue;
+            }
         };
         let begun = Instant::now();
         let is_done = loop {
@@ -107,12 +141,13 @@ pub(crate) fn run(
             }
         };
         if !is_done {
-            asking.put_back(Asking { number, stage: Stage::Reading(described) });
+            asking.put_back(Asking { number, stage: Stage::Reading(described, used) });
             continue;
         }
-        let observation = observe(shared, *described);
+        let stat = described.stat;
+        let observation = observe(shared, *described, used);
         let question = observation.map(|observation| {
-            shared.observed().keep(number, observation.clone());
+            shared.observed().keep(number, observation.clone(), stat);
             Box::new(Question { number, observation })
         });
         match question.map(|question| questions.try_send(question)) {
@@ -167,8 +202,57 @@ fn describe(shared: &Exec, new: New) -> Option<Box<Described>> {
     }))
 }
 
-/// What the execution will be; `None` if it is the image's own file where the image has it.
-fn observe(shared: &Exec, described: Described) -> Option<Observation> {
+/// Describes the process that reads a guarded file; `None` if no rule can be about that.
+fn describe_read(shared: &Exec, read: NewRead) -> Option<(Box<Described>, Use)> {
+    let NewRead { watched, file, stat, range, thread, at } = read;
+    threads::about(&watched.container);
+    // Below the overlay, its layer is the root.
+    let name = file::name_of(file.as_fd()).ok()?;
+    let name = if stat.links == 0 { name.strip_suffix(file::DELETED)? } else { &name };
+    let path = RootfsPath::new(name).ok()?;
+    // A guarded file of another container, reached by /proc, is none of this one's.
+    let layers = watched.layers()?;
+    let is_own = stat.links == 0 || {
+        let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
+        let found = file::open_path_beneath(&upper, path.relative()).and_then(file::stat);
+        found.is_ok_and(|found| (found.device, found.inode) == (stat.device, stat.inode))
+    };
+    if !is_own {
+        return None;
+    }
+    let purpose =
+        reads::purpose(&watched, &reads::Read { file: &file, stat: &stat, range, thread })?;
+    let (process, used) = match purpose {
+        Purpose::Library { process, by_linker } => (process, Use::Loaded { by_linker }),
+        Purpose::Script { process } => (process, Use::Interpreted),
+    };
+    if used == Use::Interpreted && shared.observed().was_allowed(process.identity.pid, &stat) {
+        return None;
+    }
+    let file = Executed::Held(watched.hold(file));
+    let described = Described {
+        holder: watched.clone(),
+        watched,
+        seen: None,
+        filesystem: Filesystem::Overlay,
+        path,
+        file,
+        stat,
+        layer_file: None,
+        is_movable: false,
+        writer_check: WriterCheck::default(),
+        could_change: Some(CouldChange::Unproven),
+        executing: Executing { process },
+        asked: None,
+        at,
+        times: 1,
+        progress: Progress::Waiting,
+    };
+    Some((Box::new(described), used))
+}
+
+/// What it will be; `None` if it is the image's own file where the image has it.
+fn observe(shared: &Exec, described: Described, used: Use) -> Option<Observation> {
     let Described { watched, filesystem, path, stat, layer_file, .. } = &described;
     if described.is_movable && paths::is_where_the_image_has_it(watched, path, stat) {
         return None;
@@ -178,18 +262,38 @@ fn observe(shared: &Exec, described: Described) -> Option<Observation> {
     let (filesystem, path) = described.named();
     let Described { watched, holder, executing, layer_file, at, progress, .. } = described;
     let Progress::Done(state, lower) = progress else { return None };
-    let fact = Fact::File(FileFact::Executed {
-        path,
-        filesystem,
-        running: false,
-        denied: false,
-        times: 1,
-        state,
-        lower,
-        process: Arc::new(executing.process),
-        invoked_as: None,
-        layer_file,
-        writer,
+    let (process, denied) = (Arc::new(executing.process), false);
+    let fact = Fact::File(match used {
+        Use::Executed => FileFact::Executed {
+            path,
+            filesystem,
+            running: false,
+            denied,
+            times: 1,
+            state,
+            lower,
+            process,
+            invoked_as: None,
+            layer_file,
+            writer,
+        },
+        Use::Loaded { by_linker } => FileFact::Loaded {
+            path,
+            filesystem,
+            state,
+            lower,
+            process,
+            by_linker,
+            is_shared: false,
+            writer,
+            denied,
+        },
+        Use::Interpreted => FileFact::Interpreted {
+            script: Script::File { path, filesystem, state, lower },
+            process,
+            writer,
+            denied,
+        },
     });
     let file_of = (!Arc::ptr_eq(&holder, &watched)).then(|| holder.container.clone());
     Some(shared.observation_of(&watched, file_of, at, Source::Gate, fact))

@@ -100,6 +100,9 @@ impl Feed {
                 return;
             }
         };
+        // First: from here on the file can be used.
+        let upper = || upper::upper(&watched, &path, &stat);
+        self.shared.guards.written(&watched, &stat, &file, upper);
         let is_program = file::sniff(file.as_fd()).is_ok_and(may_be_program);
         // Closed early: an open event descriptor keeps the container's superblock alive.
         drop(file);

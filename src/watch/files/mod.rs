@@ -9,6 +9,7 @@ pub(crate) mod closings;
 pub(crate) mod dirty;
 pub(crate) mod entry;
 pub(crate) mod feed;
+pub(crate) mod guards;
 pub(crate) mod hashed;
 pub(crate) mod inputs;
 pub(crate) mod lower;

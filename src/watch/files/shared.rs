@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::closings::Closings;
 use super::dirty::DirtyPaths;
+use super::guards::Guards;
 use super::hashed::Hashed;
 use super::inputs::Inputs;
 use super::lower::LowerTwins;
@@ -39,6 +40,7 @@ pub(crate) struct Files {
     pub(crate) closings: Closings,
     pub(crate) inputs: Inputs,
     pub(crate) dirty: DirtyPaths,
+    pub(crate) guards: Guards,
     pub(crate) progress: Progress,
     packages: Mutex<Packages>,
     writers: Mutex<Writers>,
@@ -62,6 +64,7 @@ impl Files {
             hashed: Hashed::default(),
             inputs: Inputs::new(names.group()),
             closings: Closings::new(),
+            guards: Guards::default(),
             names,
             dirty: DirtyPaths::new(settle),
             progress: Progress::default(),
@@ -194,6 +197,7 @@ impl Files {
         self.table.remove(watched);
         self.names.forget(watched);
         self.closings.forget_files(&watched.container);
+        self.guards.forget(watched);
         self.roots().forget(&watched.container);
     }
 }

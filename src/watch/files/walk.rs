@@ -319,6 +319,9 @@ impl Walk {
                     let detail = format!("{child} looks older than the layer that holds it");
                     shared.lose(Failure::ClockSet, Some(&self.watched), &detail);
                 }
+                if is_watched && let Ok(place) = directory.open() {
+                    shared.guards.found(&self.watched, place.directory, name.to_bytes(), &stat);
+                }
                 self.entry(shared, layers, child, stat);
             }
             Err(err) if entry::is_gone(&err) => (),

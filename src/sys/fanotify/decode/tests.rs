@@ -50,8 +50,20 @@ fn kinds_of_events_are_distinguished() {
     check(
         &bytes,
         &[
-            Decoded::Permission(Event { file: 7, pid: 42, pidfd: Some(8), mask: exec }),
-            Decoded::Notification(Event { file: 9, pid: 43, pidfd: None, mask: written }),
+            Decoded::Permission(Event {
+                file: 7,
+                pid: 42,
+                pidfd: Some(8),
+                mask: exec,
+                range: None,
+            }),
+            Decoded::Notification(Event {
+                file: 9,
+                pid: 43,
+                pidfd: None,
+                mask: written,
+                range: None,
+            }),
             Decoded::Overflow,
         ],
     );
@@ -60,7 +72,8 @@ fn kinds_of_events_are_distinguished() {
 #[test]
 fn a_process_that_is_gone_has_no_pidfd() {
     for gone in [libc::FAN_NOPIDFD, libc::FAN_EPIDFD] {
-        let expected = Event { file: 7, pid: 42, pidfd: None, mask: libc::FAN_OPEN_EXEC_PERM };
+        let mask = libc::FAN_OPEN_EXEC_PERM;
+        let expected = Event { file: 7, pid: 42, pidfd: None, mask, range: None };
         check(
             &event(libc::FAN_OPEN_EXEC_PERM, 7, 42, &pidfd(gone)),
             &[Decoded::Permission(expected)],
@@ -72,8 +85,26 @@ fn a_process_that_is_gone_has_no_pidfd() {
 fn unknown_records_are_skipped() {
     let mut records = record(200, b"from the future");
     records.extend(pidfd(8));
-    let expected = Event { file: 7, pid: 1, pidfd: Some(8), mask: libc::FAN_CLOSE_WRITE };
+    let mask = libc::FAN_CLOSE_WRITE;
+    let expected = Event { file: 7, pid: 1, pidfd: Some(8), mask, range: None };
     check(&event(libc::FAN_CLOSE_WRITE, 7, 1, &records), &[Decoded::Notification(expected)]);
+}
+
+#[test]
+fn an_event_before_a_read_has_the_part_that_is_read() {
+    let mut body = vec![0; 4];
+    body.extend(4096_u64.to_ne_bytes());
+    body.extend(8192_u64.to_ne_bytes());
+    let range = Some(Range { offset: 4096, length: 8192 });
+    let expected = |range| {
+        let mask = FAN_PRE_ACCESS;
+        [Decoded::Permission(Event { file: 7, pid: 42, pidfd: None, mask, range })]
+    };
+    let ranged = record(FAN_EVENT_INFO_TYPE_RANGE, &body);
+    check(&event(FAN_PRE_ACCESS, 7, 42, &ranged), &expected(range));
+    // Too short: nothing is known of the part.
+    let short = record(FAN_EVENT_INFO_TYPE_RANGE, &body[..12]);
+    check(&event(FAN_PRE_ACCESS, 7, 42, &short), &expected(None));
 }
 
 #[test]

@@ -1,0 +1,143 @@
+//! What was decided a moment ago about reads of guarded files: a program reads a file in many
+//! small parts, and is asked about once.
+//!
+//! Only a table: nothing here reads, opens or answers anything. `process` answers.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::questions::File;
+use crate::model::ProcessIdentity;
+use crate::sys::fanotify::{Answer, Range};
+use crate::sys::file;
+use crate::sys::procfs::{ArgumentArea, Stat};
+
+/// How long a decision counts.
+const MOMENT: Duration = Duration::from_secs(1);
+
+/// How many are remembered. Then all are forgotten, and asked about again.
+const MOST: usize = 4 * 1024;
+
+/// A thread that runs this program reads this file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Read {
+    thread: ProcessIdentity,
+    /// Another execve has another one.
+    program: ArgumentArea,
+    file: File,
+    /// Nothing but its header: what is decided about the rest does not count for it.
+    is_head: bool,
+}
+
+impl Read {
+    pub(super) fn of(stat: &Stat, file: &file::Stat, range: Option<Range>) -> Read {
+        Read {
+            thread: stat.identity,
+            program: stat.area,
+            file: File::of(file),
+            is_head: range.is_none_or(Range::is_head),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Reads {
+    /// By the number under which they wait.
+    asked: HashMap<u64, Read>,
+    decided: HashMap<Read, (Answer, Instant)>,
+}
+
+impl Reads {
+    pub(super) fn asked(&mut self, number: u64, read: Read) {
+        self.asked.insert(number, read);
+    }
+
+    /// A question was answered; without a decision it is asked again.
+    pub(super) fn answered(&mut self, number: u64, decided: Option<Answer>) {
+        let Some((read, answer)) = self.asked.remove(&number).zip(decided) else { return };
+        if self.decided.len() >= MOST {
+            self.decided.clear();
+        }
+        self.decided.insert(read, (answer, Instant::now()));
+    }
+
+    pub(super) fn decision(&self, read: &Read) -> Option<Answer> {
+        let (answer, at) = self.decided.get(read)?;
+        (at.elapsed() < MOMENT).then_some(*answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{FileTime, FileType};
+
+    fn file(inode: u64, changed: i64) -> file::Stat {
+        let time = FileTime { seconds: changed, nanoseconds: 0 };
+        file::Stat {
+            device: 1,
+            inode,
+            born: None,
+            changed: time,
+            modified: time,
+            file_type: FileType::Regular,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            size: 1,
+            links: 1,
+            node: (0, 0),
+            mount: None,
+        }
+    }
+
+    fn process(pid: u32, arguments: u64) -> Stat {
+        Stat {
+            identity: ProcessIdentity { pid, start_time: 1 },
+            comm: Box::default(),
+            state: b'R',
+            parent: 1,
+            session: 1,
+            tty_nr: 0,
+            area: ArgumentArea { arguments: (arguments, 1), environment: (1, 1) },
+        }
+    }
+
+    #[test]
+    fn a_decision_counts_for_this_program_and_this_content_alone() {
+        let head = Some(Range { offset: 0, length: 4096 });
+        let whole = Some(Range { offset: 0, length: 131_072 });
+        let read = Read::of(&process(7, 5), &file(3, 9), head);
+        let mut reads = Reads::default();
+        reads.asked(1, read);
+        assert_eq!(reads.decision(&read), None);
+        reads.answered(1, Some(Answer::Deny));
+        assert_eq!(reads.decision(&read), Some(Answer::Deny));
+        for other in [
+            Read::of(&process(8, 5), &file(3, 9), head),
+            // It has executed another program.
+            Read::of(&process(7, 6), &file(3, 9), head),
+            Read::of(&process(7, 5), &file(4, 9), head),
+            Read::of(&process(7, 5), &file(3, 10), head),
+            // To copy a library is not to load it.
+            Read::of(&process(7, 5), &file(3, 9), whole),
+        ] {
+            assert_eq!(reads.decision(&other), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_decided_is_asked_again_and_the_table_is_bounded() {
+        let mut reads = Reads::default();
+        let read = |inode| Read::of(&process(7, 5), &file(inode, 9), None);
+        reads.asked(1, read(0));
+        reads.answered(1, None);
+        assert_eq!(reads.decision(&read(0)), None);
+        for number in 0..10_000 {
+            reads.asked(number, read(number));
+            reads.answered(number, Some(Answer::Allow));
+        }
+        assert!(reads.decided.len() <= MOST && reads.asked.is_empty());
+        assert_eq!(reads.decision(&read(9_999)), Some(Answer::Allow));
+    }
+}
