@@ -159,12 +159,14 @@ fn a09_elsewhere(_: &Node, container: &Container<'_>) -> anyhow::Result<()> {
     container.sh("echo 'sleep 0.31' > /tmp/in.sh; sh < /tmp/in.sh\n\
          cd /tmp; echo 'sleep 0.32' > r.sh; bash -e r.sh\n\
          echo 'sleep 0.33' > /run/real; ln -s /run/real /tmp/link; sh /tmp/link\n\
+         echo 'sleep 0.34' > /tmp/behind; bash -c 'sh /tmp/behind 10</bin/busybox 11</etc/passwd'\n\
          sh /.control/v.sh; ln -s /etc/shadow /tmp/shadow; sh /tmp/shadow || true")?;
     container
         .expect_findings(&[
             "medium exec.interpreted /tmp/in.sh",
             "medium exec.interpreted /tmp/r.sh",
             "medium exec.interpreted /run/real",
+            "medium exec.interpreted /tmp/behind",
             "low exec.interpreted /.control/v.sh",
         ])
         .map(drop)

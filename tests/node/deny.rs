@@ -218,7 +218,7 @@ fn rehearsed(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A program in memory is not asked about.
+/// About a script on a tmpfs, and a program in memory, the kernel does not ask.
 fn killed(node: &Node) -> anyhow::Result<()> {
     let directory = node.path("policy.d");
     fs::create_dir_all(&directory)?;
@@ -230,14 +230,25 @@ fn killed(node: &Node) -> anyhow::Result<()> {
     node.driftd(&["policy", "reload"])?;
     let container = node.container()?;
     container.wait_until_watched()?;
-    container.sh("echo 'sleep 20; exit 3' >/tmp/dropped.sh")?;
-    let ran = container.try_sh("( sh /tmp/dropped.sh ); echo $?")?;
-    ensure!(ran.output.trim().ends_with("137"), "{ran:?}");
-    let finding = wait_for("the outcome", || {
-        let findings = container.findings()?;
-        Ok(findings.into_iter().find(|one| one["outcome"]["action"] == "kill-process"))
-    })?;
-    ensure!(finding["verdict"]["action"] == "deny", "{finding:#}");
+    container.lay_payload("x")?;
+    container.sh("echo 'sleep 20; exit 3' >/dev/shm/dropped.sh")?;
+    for (command, kind) in [
+        ("sh /dev/shm/dropped.sh", "exec.interpreted"),
+        ("/usr/bin/loader memfd 1 /.control/x 20000", "exec.fileless"),
+    ] {
+        let ran = container.try_sh(&format!("( {command} ); echo $?"))?;
+        // The second one is killed as a child of the loader.
+        let is_killed = ran.output.trim().ends_with("137") || ran.output.contains("status 9");
+        ensure!(is_killed, "{command}: {ran:?}");
+        let finding = wait_for("the outcome", || {
+            let findings = container.findings()?;
+            let is_it =
+                |one: &Value| one["kind"] == kind && one["outcome"]["action"] == "kill-process";
+            Ok(findings.into_iter().find(is_it))
+        })
+        .with_context(|| format!("{command}: {:#?}", container.findings()))?;
+        ensure!(finding["verdict"]["action"] == "deny", "{finding:#}");
+    }
     Ok(())
 }
 

@@ -317,15 +317,15 @@ fn named(shared: &Files, check: &mut Check) {
     let Some(script) = &check.script else { return };
     let by_name = given::by_name(&check.watched, &check.handle, &script.name);
     let held = if script.is_shells { given::held_by_shell(&check.handle) } else { Vec::new() };
-    if let (Some(script), false) = (&mut check.script, held.is_empty()) {
-        script.is_certain = true;
+    let held = held_script(shared, check, &by_name, held);
+    if let Some(script) = &mut check.script {
+        script.is_certain = held.is_some();
     }
-    let given = held_script(shared, check, &by_name, held).map_or(by_name, Given::File);
-    take(shared, check, given);
+    take(shared, check, held.map_or(by_name, Given::File));
 }
 
 /// Which of the files that a shell holds is its script: the one that its name leads to, or else
-/// the first that is not the image's own.
+/// the first that is not the image's own. `None` if the shell has perhaps not opened it yet.
 fn held_script(
     shared: &Files,
     check: &Check,
@@ -343,8 +343,8 @@ fn held_script(
         matches!(examined, inspect::Examined::Image)
     };
     let found = held.iter().position(is_named);
-    let found = found.or_else(|| held.iter().position(|fd| !is_images(fd)));
-    (!held.is_empty()).then(|| held.swap_remove(found.unwrap_or(0)))
+    let found = found.or_else(|| held.iter().position(|fd| !is_images(fd)))?;
+    Some(held.swap_remove(found))
 }
 
 /// Reports a script, if it is not the image's own.
