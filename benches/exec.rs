@@ -1,5 +1,5 @@
 //! What the gate costs a container: without a listener, with the smallest possible one, and
-//! with driftd in each of its modes, in one run.
+//! with driftd in each of its modes, also where a rule may deny, in one run.
 //!
 //! One container (an overlay as its root, a pid and a mount namespace of its own) in
 //! which a small program starts another and waits for it, or opens, reads and closes
@@ -39,15 +39,19 @@ enum Listener {
     Responder,
     Notified,
     Driftd(Gate),
+    /// driftd, where a rule may deny what runs in the container.
+    Enforcing(Gate),
 }
 
-const LISTENERS: [Listener; 6] = [
+const LISTENERS: [Listener; 8] = [
     Listener::None,
     Listener::Responder,
     Listener::Notified,
     Listener::Driftd(Gate::Ask),
     Listener::Driftd(Gate::Free),
     Listener::Driftd(Gate::Notify),
+    Listener::Enforcing(Gate::Ask),
+    Listener::Enforcing(Gate::Free),
 ];
 
 impl Listener {
@@ -59,6 +63,8 @@ impl Listener {
             Listener::Driftd(Gate::Ask) => "driftd, ask",
             Listener::Driftd(Gate::Free) => "driftd, free",
             Listener::Driftd(Gate::Notify) => "driftd, notify",
+            Listener::Enforcing(Gate::Free) => "driftd, free, deny",
+            Listener::Enforcing(Gate::Ask | Gate::Notify) => "driftd, ask, deny",
         }
     }
 }
@@ -157,8 +163,9 @@ fn block(listener: Listener, container: &mut Container, order: &str) -> anyhow::
             ensure!(!asks || seen >= u64::from(BLOCK), "{seen} of {BLOCK}: a vacuous bench");
             Ok(block)
         }
-        Listener::Driftd(gate) => {
-            let driftd = Driftd::start(container, gate)?;
+        Listener::Driftd(gate) | Listener::Enforcing(gate) => {
+            let is_enforcing = matches!(listener, Listener::Enforcing(_));
+            let driftd = Driftd::start(container, gate, is_enforcing)?;
             let before = cost::cpu_time_of(driftd.watch.gate().id())?;
             let mut block = measured(container)?;
             // Only this figure includes the warm-up, a tenth of a block.
@@ -369,7 +376,7 @@ struct Driftd {
 }
 
 impl Driftd {
-    fn start(container: &Container, gate: Gate) -> anyhow::Result<Driftd> {
+    fn start(container: &Container, gate: Gate, is_enforcing: bool) -> anyhow::Result<Driftd> {
         let health = Arc::new(Health::default());
         let (reports, received) = crossbeam_channel::bounded(16_384);
         let settings = config::Watch { gate, ..config::Watch::default() };
@@ -387,6 +394,19 @@ impl Driftd {
         let newest = fs::metadata(lower.join("program"))?.ctime() + 1;
         let trust = watch::Trust::UpTo(FileTime { seconds: newest, nanoseconds: 0 });
         watch.commands().send(watch::SensorCommand::Trust { container: id.clone(), trust })?;
+        if is_enforcing {
+            let undecided = watch::Undecided { after: Duration::from_secs(1), deny: false };
+            let container = id.clone();
+            let command = watch::SensorCommand::Enforce { container, undecided: Some(undecided) };
+            watch.commands().send(command)?;
+            // No rule denies anything: what counts is how long a decision takes.
+            let (questions, decisions) = watch.questions();
+            thread::spawn(move || {
+                for question in questions {
+                    decisions.decide(question.number, watch::Decision::Allow);
+                }
+            });
+        }
         watch.commands().send(watch::SensorCommand::Scan { container: id, ticket: Some(1) })?;
         loop {
             match *received.recv_timeout(Duration::from_secs(10)).context("not attached")? {
