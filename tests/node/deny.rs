@@ -10,9 +10,11 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::code;
-use crate::node::{Container, Node, bench, talk, wait_for};
+use crate::fuse::{Answers, Fuse, MAY_MOUNT};
+use crate::honest::SmallDisk;
+use crate::node::{Container, Node, Setup, bench, talk, wait_for};
 use crate::programs::compile;
-use crate::test_alone;
+use crate::{run_without_driftd, test_alone};
 
 pub(crate) fn tests() -> Vec<Trial> {
     const SETTINGS: &str = "[policy]\ndir = \"{node}/policy.d\"\nenforce = \"on\"";
@@ -26,6 +28,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         test_alone("a_rehearsal_denies_nothing_and_says_what_it_would", DRY_RUN, rehearsed),
         test_alone("what_cannot_be_denied_is_killed", SETTINGS, killed),
         test_alone("a_stopped_or_killed_driftd_that_denies_holds_no_program", SETTINGS, stuck),
+        Trial::test("a_hung_filesystem_and_a_full_disk_while_denying_hold_no_program", || {
+            let setup = Setup { driftd: SETTINGS, ..Setup::default() };
+            run_without_driftd(setup, |node| hindered(node))
+        }),
         test_alone("what_is_changed_after_it_was_allowed_does_not_last", SETTINGS, |node| {
             changed(node, 400)
         }),
@@ -123,9 +129,9 @@ fn attempt(container: &Container<'_>, times: u32, command: &str) -> anyhow::Resu
 }
 
 /// A container with the program that tries, a tmpfs and a volume, and its programs there.
-fn prepared(node: &Node) -> anyhow::Result<Container<'_>> {
+fn prepared<'a>(node: &'a Node, options: &[&str]) -> anyhow::Result<Container<'a>> {
     let memory = "type=tmpfs,src=shm,dst=/dev/shm,options=rw:nosuid:mode=1777";
-    let container = node.container_with(&["--mount", memory])?;
+    let container = node.container_with(&[&["--mount", memory], options].concat())?;
     container.wait_until_watched()?;
     container.lay("attempt", &compile(bench()?.scratch.path(), "attempt", ATTEMPT)?)?;
     container.lay_payload("x")?;
@@ -142,7 +148,7 @@ fn prepared(node: &Node) -> anyhow::Result<Container<'_>> {
 
 fn denied(node: &Node, times: u32) -> anyhow::Result<()> {
     deny(node, "\"/tmp/**\", \"/dev/shm/**\", \"/usr/bin/curl\", \"/.control/on-volume\"")?;
-    let container = prepared(node)?;
+    let container = prepared(node, &[])?;
     let all = format!("ran 0 refused {times} failed 0");
     for program in [
         "/tmp/x",
@@ -205,7 +211,7 @@ fn denied(node: &Node, times: u32) -> anyhow::Result<()> {
 
 fn rehearsed(node: &Node) -> anyhow::Result<()> {
     deny(node, "\"/tmp/**\"")?;
-    let container = prepared(node)?;
+    let container = prepared(node, &[])?;
     let output = attempt(&container, 5, "/tmp/x")?;
     ensure!(output.starts_with("ran 5 "), "{output}");
     let finding = wait_for("the finding", || {
@@ -361,11 +367,7 @@ fn read_at_once(node: &Node) -> anyhow::Result<()> {
 /// Nothing waits longer than the deadline and the guardian's patience.
 fn stuck(node: &Node) -> anyhow::Result<()> {
     deny(node, "\"/tmp/**\"")?;
-    let container = prepared(node)?;
-    let slowest = |output: &str| -> anyhow::Result<u64> {
-        let (_, number) = output.rsplit_once("slowest ").context("no time")?;
-        Ok(number.trim().parse()?)
-    };
+    let container = prepared(node, &[])?;
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
         let output = attempt(&container, 3, "/tmp/x")?;
         ensure!(output.starts_with("ran 0 refused 3 "), "{signal}: {output}");
@@ -386,6 +388,42 @@ fn stuck(node: &Node) -> anyhow::Result<()> {
             Ok(attempt(&container, 1, "/tmp/x")?.starts_with("ran 0 refused 1 ").then_some(()))
         })?;
     }
+    Ok(())
+}
+
+/// How long the slowest attempt took, in microseconds.
+fn slowest(output: &str) -> anyhow::Result<u64> {
+    let (_, number) = output.rsplit_once("slowest ").context("no time")?;
+    Ok(number.trim().parse()?)
+}
+
+/// What driftd cannot read, and a history that it cannot write, delay no decision.
+fn hindered(node: &Node) -> anyhow::Result<()> {
+    let disk = SmallDisk::mount(node.path("driftd"))?;
+    node.import(&bench()?.workbench)?;
+    node.start_driftd()?;
+    deny(node, "\"/tmp/**\", \"/mnt/**\"")?;
+    let container = prepared(node, MAY_MOUNT)?;
+    let files = [("x", "/.control/x"), ("s", "/.control/marker.sh")];
+    let fuse = Fuse::mount(&container, "/mnt", Answers::Own, &files)?;
+    let nothing_waits = |when: &str| -> anyhow::Result<()> {
+        container.begin("for i in 1 2 3 4; do /mnt/x 60000 & sh /mnt/s & done").map(drop)?;
+        for (command, expected) in [
+            ("/tmp/x", "ran 0 refused 20 "),
+            ("/bin/true", "ran 20 "),
+            ("/tmp/marker.sh", "ran 0 "),
+        ] {
+            let output = attempt(&container, 20, command)?;
+            ensure!(output.starts_with(expected), "{when}: {command}: {output}");
+            ensure!(slowest(&output)? < 5_000_000, "{when}: {command}: {output}");
+        }
+        Ok(())
+    };
+    nothing_waits("beside a filesystem that does not answer")?;
+    disk.fill()?;
+    nothing_waits("with a full disk")?;
+    ensure!(node.losses("undecided")? == 0, "{:#}", node.status()?);
+    drop(fuse);
     Ok(())
 }
 
@@ -536,7 +574,7 @@ fn changed(node: &Node, rounds: u32) -> anyhow::Result<()> {
 /// Prints how long programs wait beside a container that has as many denied as it can.
 fn storm(node: &Node) -> anyhow::Result<()> {
     deny(node, "\"/tmp/**\"")?;
-    let (quiet, loud) = (prepared(node)?, prepared(node)?);
+    let (quiet, loud) = (prepared(node, &[])?, prepared(node, &[])?);
     for program in ["/tmp/x", "/bin/true"] {
         let output = attempt(&quiet, 500, program)?;
         eprintln!("alone: {program}: {output}");

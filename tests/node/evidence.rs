@@ -27,6 +27,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         test_alone("evidence_is_not_taken_in_a_dry_run", DRY, dry_run),
         test_alone("evidence_of_hostile_files_and_processes", "", hostile),
         test_alone("evidence_of_a_flood_of_files_is_cut_at_its_limits", "", flood),
+        test_alone("evidence_of_a_hundred_thousand_files_is_cut_at_its_limits", "", giant)
+            .with_ignored_flag(true),
         test_alone("evidence_is_whole_or_cut_after_kill_9", "", killed),
         test_alone("evidence_on_a_full_disk_is_cut_and_says_so", SMALL, full),
         test_alone("evidence_pauses_and_resumes_even_after_kill_9", PAUSE, pauses),
@@ -260,6 +262,7 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
     container.sh("rm /tmp/gone")?;
     container.sh("cp /.control/x /tmp/giant; truncate -s 10G /tmp/giant; mkfifo /tmp/fifo\n\
          cp /.control/x /tmp/was-link; cp /.control/x /tmp/was-fifo\n\
+         cp /.control/x /tmp/was-device; cp /.control/x /tmp/grows\n\
          cp /.control/x \"/tmp/$(printf 'a\\nb\\033[2J\\377')\"")?;
     let fuse = Fuse::mount(&container, "/mnt/fuse", Answers::Own, &[("f", "/.control/x")])?;
     container.sh("/mnt/fuse/f 600000 >/dev/null 2>&1 &")?;
@@ -268,6 +271,8 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
         let has = |path: &str| all.iter().any(|one| one["file"]["path"] == path);
         let kinds = |kind: &str| all.iter().any(|one| one["kind"] == kind);
         Ok((has("/tmp/giant")
+            && has("/tmp/was-device")
+            && has("/tmp/grows")
             && has("/tmp/was-link")
             && has("/tmp/was-fifo")
             && has("/mnt/fuse/f")
@@ -275,9 +280,12 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
         .then_some(()))
     })?;
     // What was a drifted file is something else by now.
-    container.sh(
-        "rm /tmp/was-link /tmp/was-fifo; ln -s /etc/shadow /tmp/was-link; mkfifo /tmp/was-fifo",
-    )?;
+    container.sh("rm /tmp/was-link /tmp/was-fifo /tmp/was-device
+        ln -s /etc/shadow /tmp/was-link; mkfifo /tmp/was-fifo; mknod /tmp/was-device c 1 5")?;
+    // These change while they are read: a file that grows, and a process that becomes another
+    // program again and again.
+    container.sh("( while :; do echo more >>/tmp/grows; done ) >/dev/null 2>&1 &\n\
+         echo 'exec sh /tmp/over' >/tmp/over; sh /tmp/over >/dev/null 2>&1 &")?;
     let begun = Instant::now();
     let taken = take(&container, &[])?;
     ensure!(begun.elapsed() < DEADLINE, "it took {:?}", begun.elapsed());
@@ -291,6 +299,11 @@ fn hostile(node: &Node) -> anyhow::Result<()> {
     ensure!(link["found"]["target"] == "/etc/shadow" && link["object"].is_null(), "{link:#}");
     let fifo = entry(&case, "/tmp/was-fifo")?;
     ensure!(fifo["found"]["type"] == "fifo" && fifo["object"].is_null(), "{fifo:#}");
+    // Reading it would never end.
+    let device = entry(&case, "/tmp/was-device")?;
+    ensure!(device["object"].is_null(), "{device:#}");
+    let grows = entry(&case, "/tmp/grows")?;
+    ensure!(object(&case, &grows)?.starts_with(&content), "{grows:#}");
     let named = lines(&case.join("takes/0001/files.jsonl"))?;
     let odd =
         named.iter().find(|one| one["path"].as_str().is_some_and(|p| p.starts_with("/tmp/a")));
@@ -351,6 +364,22 @@ fn flood(node: &Node) -> anyhow::Result<()> {
     ensure!(environ.is_some(), "no environment is kept");
     let removed = node.driftd(&["evidence", "rm", id])?;
     ensure!(removed.status.success() && cases(node)?.is_empty(), "{}", talk(&removed));
+    Ok(())
+}
+
+fn giant(node: &Node) -> anyhow::Result<()> {
+    let container = node.settled_container()?;
+    container.sh("mkdir /tmp/d; cd /tmp/d\n\
+         i=0; while [ $i -lt 1000 ]; do : >$i; i=$((i+1)); done\n\
+         cd ..; i=1; while [ $i -lt 110 ]; do cp -r d d$i; i=$((i+1)); done")?;
+    let begun = Instant::now();
+    let taken = take(&container, &[])?;
+    eprintln!("it took {:?}", begun.elapsed());
+    let case = directory_of(node, taken["case"].as_str().context("no case")?)?;
+    let listed = lines(&case.join("takes/0001/layer.jsonl"))?.len();
+    ensure!(listed == 100_000, "{listed} are listed");
+    let message = taken["outcome"]["message"].as_str().unwrap_or_default();
+    ensure!(message.contains("more than 100000 entries"), "{taken:#}");
     Ok(())
 }
 

@@ -43,10 +43,10 @@ fn view(node: &Node) -> anyhow::Result<(Option<i32>, bool)> {
 }
 
 /// A small disk of its own, unmounted at the end.
-struct SmallDisk(PathBuf);
+pub(crate) struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    fn mount(at: PathBuf) -> anyhow::Result<SmallDisk> {
+    pub(crate) fn mount(at: PathBuf) -> anyhow::Result<SmallDisk> {
         fs::create_dir_all(&at)?;
         let options = ["-t", "tmpfs", "-o", "size=8m", "tmpfs"];
         let output = Command::new("mount").args(options).arg(&at).output()?;
@@ -54,7 +54,7 @@ impl SmallDisk {
         Ok(SmallDisk(at))
     }
 
-    fn fill(&self) -> anyhow::Result<PathBuf> {
+    pub(crate) fn fill(&self) -> anyhow::Result<PathBuf> {
         let path = self.0.join("filler");
         let mut file = File::create(&path)?;
         while file.write_all(&[0; 4096]).is_ok() {}
