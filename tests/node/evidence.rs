@@ -369,9 +369,9 @@ fn flood(node: &Node) -> anyhow::Result<()> {
 
 fn giant(node: &Node) -> anyhow::Result<()> {
     let container = node.settled_container()?;
-    container.sh("mkdir /tmp/d; cd /tmp/d\n\
-         i=0; while [ $i -lt 1000 ]; do : >$i; i=$((i+1)); done\n\
-         cd ..; i=1; while [ $i -lt 110 ]; do cp -r d d$i; i=$((i+1)); done")?;
+    let files = "mkdir /tmp/d; cd /tmp/d; i=0; while [ $i -lt 1000 ]; do : >$i; i=$((i+1)); done
+        cd ..; i=1; while [ $i -lt 110 ]; do cp -r d d$i; i=$((i+1)); done";
+    container.begin(files)?.finish(Duration::from_secs(300))?;
     let begun = Instant::now();
     let taken = take(&container, &[])?;
     eprintln!("it took {:?}", begun.elapsed());
