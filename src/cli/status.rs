@@ -67,8 +67,17 @@ pub(super) struct StatusJson {
     stopped_rules: Vec<StoppedRuleJson>,
     /// The store of evidence; null if the daemon is older.
     evidence: Option<EvidenceJson>,
+    /// The runner of hooks, and what waits for it; null if the daemon is older.
+    hooks: Option<HooksJson>,
     /// What this kernel lacks.
     missing: Vec<Missing>,
+}
+
+#[derive(Serialize)]
+struct HooksJson {
+    runner: Option<String>,
+    waiting: u32,
+    running: u32,
 }
 
 #[derive(Serialize)]
@@ -201,6 +210,11 @@ pub(super) fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<St
         evidence: status.evidence.map(|proto::EvidenceStatus { cases, bytes, max_bytes }| {
             EvidenceJson { cases, bytes, max_bytes }
         }),
+        hooks: status.hooks.map(|proto::HooksStatus { runner, waiting, running }| HooksJson {
+            runner,
+            waiting,
+            running,
+        }),
         missing: map(status.missing, |proto::Missing { name, since, meaning }| Missing {
             name,
             since,
@@ -282,6 +296,9 @@ fn add_counts(lines: &mut Lines, status: &StatusJson) {
         let (bytes, most) = (size(evidence.bytes), size(evidence.max_bytes));
         let cases = evidence.cases;
         lines.add("Evidence", &format!("{cases} cases, {bytes} of {most} (driftd evidence ls)"));
+    }
+    if let Some(hooks) = &status.hooks {
+        add_hooks(lines, hooks);
     }
     lines.add("Findings", &format!("{} kept (driftd findings)", status.findings));
     lines.add(
@@ -388,6 +405,21 @@ fn interval(gap: &GapJson) -> String {
         None => "until now".to_owned(),
     };
     format!("from {} {until}: {}, {whose}: {}", gap.at, safe(&gap.name), safe(&gap.detail))
+}
+
+fn add_hooks(lines: &mut Lines, hooks: &HooksJson) {
+    let HooksJson { runner, waiting, running } = hooks;
+    match runner {
+        Some(runner) => {
+            let runner = safe(runner);
+            lines.add("Hooks", &format!("{running} run, {waiting} wait (runner: {runner})"));
+        }
+        None if *waiting > 0 => {
+            lines.add("Hooks", &format!("{waiting} wait, and NO RUNNER is connected"));
+            lines.add("", "start it: systemctl enable --now driftd-hooks");
+        }
+        None => (),
+    }
 }
 
 fn gate_line(gate: &GateJson) -> String {
@@ -544,6 +576,7 @@ mod tests {
             ],
             stopped_rules: Vec::new(),
             evidence: None,
+            hooks: Some(HooksJson { runner: None, waiting: 2, running: 0 }),
             missing: vec![Missing {
                 name: "fanotify_mounts".into(),
                 since: "Linux 6.14".into(),

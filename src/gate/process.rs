@@ -309,7 +309,7 @@ impl<'groups> Process<'groups> {
     }
 
     fn asked(&mut self, incoming: Incoming<'groups>, shard: Option<u8>) -> io::Result<()> {
-        let mut permission = match incoming {
+        let permission = match incoming {
             Incoming::Permission(permission) => permission,
             Incoming::Overflow => {
                 self.pulse.unreadable().fetch_add(1, Ordering::Relaxed);
@@ -332,7 +332,7 @@ impl<'groups> Process<'groups> {
         // kept for a runtime on its way in, and for all processes once a session was opened.
         let is_coming_in = comm(process).is_some_and(may_be_runtime);
         let is_wanted = is_coming_in || self.pulse.handles().load(Ordering::Relaxed) != 0;
-        let mut handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
+        let handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
         let whereabouts = match &stat {
             Ok(stat) if !self.roots.hold(stat) => whereabouts(event.pid),
             Ok(_) | Err(_) => None,
@@ -352,13 +352,18 @@ impl<'groups> Process<'groups> {
             Waits::No => false,
             Waits::NoRoom => true,
             Waits::Under(container, number) => {
-                let key = (container, number);
-                match self.ask(key, permission, asked.clone(), process, &mut handle) {
-                    None => return Ok(()),
-                    Some(back) => {
-                        permission = back;
-                        true
+                // The kernel needs the event's own descriptor for the answer.
+                match permission.event().file.try_clone() {
+                    Ok(file) if self.outbox.has_room() => {
+                        let stat = asked.stat.ok();
+                        let asked = Asked { waits: Some(number), ..asked };
+                        let message = Message::Executed { asked, process };
+                        self.outbox.hand_on(&message, Some(file), handle, self.pulse);
+                        let question = Question { permission, is_read: false };
+                        self.questions.wait((container, number), stat.as_ref(), question);
+                        return Ok(());
                     }
+                    Ok(_) | Err(_) => true,
                 }
             }
         };
@@ -374,29 +379,6 @@ impl<'groups> Process<'groups> {
     }
 
     // ---- executions and reads that wait for a decision
-
-    /// Asks the daemon for a decision, and keeps the kernel's question until then. Returns the
-    /// question if the daemon cannot be asked.
-    fn ask(
-        &mut self,
-        key: (u64, u64),
-        permission: Permission<'groups>,
-        asked: Asked,
-        process: &[u8],
-        handle: &mut Option<OwnedFd>,
-    ) -> Option<Permission<'groups>> {
-        // The kernel needs the event's own descriptor for the answer.
-        let Ok(file) = permission.event().file.try_clone() else { return Some(permission) };
-        let stat = asked.stat.ok();
-        let asked = Asked { waits: Some(key.1), ..asked };
-        let message = Message::Executed { asked, process };
-        if !self.outbox.has_room() {
-            return Some(permission);
-        }
-        self.outbox.hand_on(&message, Some(file), handle.take(), self.pulse);
-        self.questions.wait(key, stat.as_ref(), Question { permission, is_read: false });
-        None
-    }
 
     /// A thread is about to read a guarded file.
     fn reads(&mut self, incoming: Incoming<'groups>) -> io::Result<()> {

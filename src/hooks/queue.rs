@@ -84,6 +84,13 @@ impl Queue {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The connected runner, how many orders wait for it, and how many it runs.
+    pub fn view(&self) -> (Option<String>, usize, usize) {
+        let state = self.lock();
+        let runner = state.runner.as_ref().map(|runner| runner.client.clone());
+        (runner, state.waiting.len(), state.running.len())
+    }
+
     /// How many orders wait for a runner.
     pub fn waiting(&self) -> usize {
         self.lock().waiting.len()

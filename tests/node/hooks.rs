@@ -179,6 +179,8 @@ fn runs(node: &Node) -> anyhow::Result<()> {
     ensure!(output.status.code() == Some(2), "{}", talk(&output));
     ensure!(talk(&output).contains("the settings have no hook `other`"), "{}", talk(&output));
 
+    let known = &node.status()?["hooks"];
+    ensure!(known["runner"].as_str().is_some_and(|it| it.starts_with("uid 0 pid")), "{known:#}");
     // There is one runner.
     let second = node.driftd(&["hooks"])?;
     ensure!(second.status.code() == Some(2), "{}", talk(&second));

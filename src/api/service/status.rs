@@ -47,8 +47,11 @@ impl Service {
         let pending = convert::count(backend.recorder.pending());
         let missing = health.missing.get().into_iter().flatten();
         let counter = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let (runner, waiting, running) = backend.hooks.view();
+        let (waiting, running) = (convert::count(waiting), convert::count(running));
         Ok(proto::GetStatusResponse {
             policy,
+            hooks: Some(proto::HooksStatus { runner, waiting, running }),
             evidence: Some(convert::evidence_status_to_proto(backend.evidence.usage())),
             version: env!("CARGO_PKG_VERSION").into(),
             node: backend.node.clone(),
