@@ -345,9 +345,16 @@ fn not_read(node: &Node, times: u32) -> anyhow::Result<()> {
 /// asks. Then it is killed.
 fn read_at_once(node: &Node) -> anyhow::Result<()> {
     const TIMES: usize = 100;
-    deny(node, "\"/tmp/**\"")?;
     let container = node.container()?;
     container.wait_until_watched()?;
+    container.sh("echo 'echo $0 >>/.control/survived' >/tmp/before")?;
+    deny(node, "\"/tmp/**\"")?;
+    // What was there before the rule is guarded by a scan.
+    wait_for("the file to be guarded", || {
+        Ok((node.status()?["gate"]["guarded"].as_u64() > Some(0)).then_some(()))
+    })?;
+    container.sh("sh /tmp/before")?;
+    ensure!(!container.laid("survived").exists(), "it ran\n{}", node.logs());
     let script = format!(
         "i=0; while [ $i -lt {TIMES} ]; do
             echo \"sleep 2; echo $i >>/.control/survived\" >/tmp/s$i

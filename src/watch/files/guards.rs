@@ -46,9 +46,11 @@ pub(crate) struct Guards {
 
 #[derive(Clone, Copy, Debug)]
 struct Known {
+    /// `None` for data, which is not guarded while it stays as it is.
+    guarded: Option<u64>,
+    /// When this was found out.
     since: Instant,
-    /// The same by the clock of the kernel's records.
-    at: u64,
+    changed: FileTime,
 }
 
 impl Guards {
@@ -87,9 +89,14 @@ impl Guards {
             return;
         }
         let Ok((upper, stat)) = file::open_file_beneath(directory, name) else { return };
-        if stat.is_regular() && may_be_code(upper.as_fd()) {
+        if !stat.is_regular() {
+            return;
+        }
+        if may_be_code(upper.as_fd()) {
             // The next walk tries again.
             let _ = self.guard(watched, &stat, &upper, PATIENCE);
+        } else {
+            self.learn(watched, &stat, None);
         }
     }
 
@@ -100,7 +107,7 @@ impl Guards {
         upper: &OwnedFd,
         patience: Duration,
     ) -> io::Result<()> {
-        let (Some(marks), Some(born)) = (self.marks.get(), stat.born) else { return Ok(()) };
+        let Some(marks) = self.marks.get() else { return Ok(()) };
         let deadline = Instant::now() + patience;
         while let Err(err) = marks.guard(upper.as_fd()) {
             if err.kind() != io::ErrorKind::WouldBlock || Instant::now() >= deadline {
@@ -108,23 +115,35 @@ impl Guards {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        self.learn(watched, stat, Some(perf::now()));
+        Ok(())
+    }
+
+    fn learn(&self, watched: &Watched, stat: &Stat, guarded: Option<u64>) {
+        let Some(born) = stat.born else { return };
         let mut known = lock(&self.known);
         if known.len() >= MOST {
             known.clear();
         }
-        known.insert((watched.device, born), Known { since: Instant::now(), at: perf::now() });
-        Ok(())
+        let known_now = Known { guarded, since: Instant::now(), changed: stat.changed };
+        known.insert((watched.device, born), known_now);
     }
 
+    fn known(&self, watched: &Watched, stat: &Stat) -> Option<Known> {
+        lock(&self.known).get(&(watched.device, stat.born?)).copied()
+    }
+
+    /// Whether a walk need not look at a file.
     fn is_known(&self, watched: &Watched, stat: &Stat) -> bool {
-        let known = |born| lock(&self.known).get(&(watched.device, born)).copied();
-        stat.born.and_then(known).is_some_and(|known| known.since.elapsed() < AGAIN)
+        self.known(watched, stat).is_some_and(|known| {
+            let is_as_before = known.guarded.is_some() || known.changed == stat.changed;
+            is_as_before && known.since.elapsed() < AGAIN
+        })
     }
 
     /// Whether a file was guarded before this time, by the clock of the kernel's records.
     pub(crate) fn was_guarded(&self, watched: &Watched, stat: &Stat, time: u64) -> bool {
-        let known = |born| lock(&self.known).get(&(watched.device, born)).copied();
-        stat.born.and_then(known).is_some_and(|known| known.at < time)
+        self.known(watched, stat).and_then(|known| known.guarded).is_some_and(|at| at < time)
     }
 
     /// A process was not allowed to read a file.
