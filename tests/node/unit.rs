@@ -521,7 +521,7 @@ effect  = \"report\"
 answer  = [\"deny\"]
 enforce = \"on\"
 [rule.match]
-kind = [\"exec.new\"]
+kind = [\"exec.new\", \"exec.interpreted\"]
 [[rule]]
 id      = \"keep-and-kill\"
 reason  = \"a test\"
@@ -538,6 +538,22 @@ systemctl reload driftd")?;
         Ok(talk(&denied).contains("not permitted").then_some(()))
     })
     .with_context(|| machine.logs())?;
+    // Where the kernel asks before a file is read, the script is not read.
+    if talk(&machine.run("driftd doctor")?).contains("fanotify_reads is there") {
+        machine.exec(id, "echo 'echo it ran' >/tmp/script")?;
+        wait_within(patience(), "a read that is denied", || {
+            let ran = machine.exec(id, "sh /tmp/script")?;
+            Ok((!talk(&ran).contains("it ran")).then_some(()))
+        })?;
+        wait_within(patience(), "its finding", || {
+            let findings = machine.lines("driftd findings -o jsonl")?;
+            let is_it = |one: &Value| {
+                one["file"]["path"] == "/tmp/script" && one["outcome"]["action"] == "deny"
+            };
+            Ok(findings.iter().any(is_it).then_some(()))
+        })
+        .with_context(|| machine.logs())?;
+    }
     let killed = machine.exec(id, "/usr/bin/loader memfd 1 /.control/y 60000")?;
     ensure!(!killed.status.success(), "a program in memory ran to its end: {}", talk(&killed));
     wait_within(patience(), "a case of evidence", || {
