@@ -49,6 +49,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             not_read(node, 1000)
         })
         .with_ignored_flag(true),
+        test_alone("a_storm_of_reads_delays_no_other_container", SETTINGS, storm_of_reads),
         test_alone("a_storm_of_denied_programs_delays_no_other_container", SETTINGS, storm)
             .with_ignored_flag(true),
     ]
@@ -339,6 +340,25 @@ fn not_read(node: &Node, times: u32) -> anyhow::Result<()> {
         container.try_sh("sh /tmp/plain")?;
         Ok(container.laid("ran").exists().then_some(()))
     })
+}
+
+/// Each process that reads a guarded file as data is asked about once.
+fn storm_of_reads(node: &Node) -> anyhow::Result<()> {
+    deny(node, "\"/tmp/**\"")?;
+    let (stormy, calm) = (prepared(node, &[])?, prepared(node, &[])?);
+    stormy.sh("i=0; while [ $i -lt 16 ]; do\n\
+         ( while :; do cat /tmp/marker.sh; done ) >/dev/null 2>&1 &\n\
+         i=$((i+1)); done")?;
+    for (command, expected) in
+        [("/bin/true", "ran 50 "), ("/tmp/x", "ran 0 refused 50 "), ("/tmp/marker.sh", "ran 0 ")]
+    {
+        let output = attempt(&calm, 50, command)?;
+        eprintln!("{command}: {output}");
+        ensure!(output.starts_with(expected), "{command}: {output}");
+        ensure!(slowest(&output)? < 5_000_000, "{command}: {output}");
+    }
+    calm.sh("cat /tmp/marker.sh >/dev/null")?;
+    Ok(())
 }
 
 /// A script that is run the moment it is written: its interpreter may read it before the kernel
