@@ -362,6 +362,11 @@ impl Health {
         (self.in_pulse(Pulse::guarded), self.in_pulse(Pulse::unguarded))
     }
 
+    /// Reads of such files that were allowed without a decision.
+    pub fn reads_undecided(&self) -> u64 {
+        self.in_pulse(Pulse::unread)
+    }
+
     /// What waits to be examined, the oldest first.
     pub fn backlogs(&self) -> Vec<Backlog> {
         let mut all = self.backlogs.get().map(|backlogs| backlogs.0()).unwrap_or_default();

@@ -45,6 +45,7 @@ enum Counter {
     Undecided,
     Guarded,
     Unguarded,
+    Unread,
 }
 
 /// One of driftd's processes.
@@ -133,6 +134,11 @@ impl Pulse {
     /// Files about whose reading the kernel was to ask, and does not.
     pub fn unguarded(&self) -> &AtomicU64 {
         self.counter(Counter::Unguarded)
+    }
+
+    /// Reads of guarded files that were allowed because no decision came.
+    pub fn unread(&self) -> &AtomicU64 {
+        self.counter(Counter::Unread)
     }
 
     /// Held runtimes that the gate had to let run before the daemon requested it.

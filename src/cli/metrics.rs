@@ -226,7 +226,7 @@ fn metrics(
         ),
         (
             "gate_undecided",
-            "Programs and reads that a rule may deny, and that were answered without a decision",
+            "Programs that a rule may deny, and that were answered without a decision",
             Samples::Counter(vec![(Labels::new(), gate.undecided)]),
         ),
         (
@@ -238,6 +238,11 @@ fn metrics(
             "gate_unguarded",
             "Files that may be code, before whose reading the kernel cannot ask",
             Samples::Counter(vec![(Labels::new(), gate.unguarded)]),
+        ),
+        (
+            "gate_reads_undecided",
+            "Reads of guarded files that were allowed without a decision",
+            Samples::Counter(vec![(Labels::new(), gate.reads_undecided)]),
         ),
         (
             "left_to_sweeps",

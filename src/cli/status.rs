@@ -132,6 +132,7 @@ pub(super) struct GateJson {
     undecided: u64,
     guarded: u64,
     unguarded: u64,
+    reads_undecided: u64,
 }
 
 #[derive(Serialize)]
@@ -184,6 +185,7 @@ pub(super) fn status_json(status: proto::GetStatusResponse) -> anyhow::Result<St
             undecided: gate.undecided,
             guarded: gate.guarded,
             unguarded: gate.unguarded,
+            reads_undecided: gate.reads_undecided,
         }),
         left_to_sweeps: status.left_to_sweeps,
         arguments_unrecorded: status.arguments_unrecorded,
@@ -517,6 +519,7 @@ mod tests {
                 undecided: 0,
                 guarded: 0,
                 unguarded: 0,
+                reads_undecided: 0,
             }),
             policy: Some(PolicyJson {
                 generation: 4,

@@ -90,13 +90,17 @@ impl Gate {
     }
 }
 
-/// Requests to the gate. Each waits for its reply, but never for long.
+/// Requests to the gate. Most wait for a reply, but never for long.
 #[derive(Clone, Debug)]
-pub struct Marks(Arc<Mutex<Line>>);
+pub struct Marks {
+    /// Requests without a reply do not wait for the others'.
+    channel: Arc<Channel>,
+    line: Arc<Mutex<Line>>,
+}
 
 #[derive(Debug)]
 struct Line {
-    channel: Channel,
+    channel: Arc<Channel>,
     /// A reply did not come in time: the next reply would be taken for another request's.
     is_broken: bool,
 }
@@ -115,23 +119,25 @@ impl Line {
 
 impl Marks {
     fn new(channel: Channel) -> Marks {
-        Marks(Arc::new(Mutex::new(Line { channel, is_broken: false })))
+        let channel = Arc::new(channel);
+        let line = Line { channel: channel.clone(), is_broken: false };
+        Marks { channel, line: Arc::new(Mutex::new(line)) }
     }
 
     fn line(&self) -> std::sync::MutexGuard<'_, Line> {
         // After a panic the field `is_broken` still holds.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn request(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut buffer = [0; MAX_PACKET];
         let bytes = wire::encode(request, &mut buffer);
+        if !request.is_replied_to() {
+            return self.channel.try_send(bytes, descriptors);
+        }
         let mut line = self.line();
         if line.is_broken {
             return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        if !request.is_replied_to() {
-            return line.channel.try_send(bytes, descriptors);
         }
         line.channel.send(bytes, descriptors, PATIENCE)?;
         line.reply().and_then(Reply::outcome)

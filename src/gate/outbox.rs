@@ -28,6 +28,7 @@ pub(super) struct Outbox {
 struct Waiting {
     bytes: Box<[u8]>,
     descriptors: Vec<OwnedFd>,
+    is_counted: bool,
 }
 
 impl Outbox {
@@ -68,11 +69,12 @@ impl Outbox {
             }
         }
         if self.pending.len() >= self.max_pending {
-            pulse.dropped().fetch_add(1, Ordering::Relaxed);
+            pulse.dropped().fetch_add(u64::from(message.is_counted()), Ordering::Relaxed);
             return false;
         }
         let descriptors = [file, handle].into_iter().flatten().collect();
-        self.pending.push_back(Waiting { bytes: bytes.into(), descriptors });
+        let (bytes, is_counted) = (bytes.into(), message.is_counted());
+        self.pending.push_back(Waiting { bytes, descriptors, is_counted });
         true
     }
 
@@ -83,10 +85,7 @@ impl Outbox {
                 Ok(()) => drop(self.pending.pop_front()),
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => return,
                 // The daemon has ended, which the other channel shows.
-                Err(_) => {
-                    pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
-                    self.pending.clear();
-                }
+                Err(_) => self.drop_all(pulse),
             }
         }
     }
@@ -101,6 +100,11 @@ impl Outbox {
             let _ = rustix::event::poll(&mut fds, Some(&turn));
             self.flush(pulse);
         }
-        pulse.dropped().fetch_add(self.pending.len() as u64, Ordering::Relaxed);
+        self.drop_all(pulse);
+    }
+
+    fn drop_all(&mut self, pulse: &Pulse) {
+        let dropped = self.pending.drain(..).filter(|waiting| waiting.is_counted).count();
+        pulse.dropped().fetch_add(dropped as u64, Ordering::Relaxed);
     }
 }

@@ -15,13 +15,13 @@ use rustix::io::Errno;
 
 use super::outbox::Outbox;
 use super::questions::{Questions, Taken as Question, Waits};
-use super::reads::{Read, Reads};
+use super::reads::{Part, Read, Reads};
 use super::shards::{CopyUps, Shards};
 use super::wire::{
     self, Asked, Decided, Decision, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request,
 };
 use crate::model::programs::{may_be_runtime, may_be_shim};
-use crate::pulse::{PATIENCE, Part, Pulse, Silence, TURN};
+use crate::pulse::{self, PATIENCE, Pulse, Silence, TURN};
 use crate::sys::channel::{Channel, Packet, close_inherited};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
 use crate::sys::procfs::{Handle, Stat, Whereabouts};
@@ -193,7 +193,7 @@ impl<'groups> Process<'groups> {
         let groups = self.groups;
         loop {
             self.wait();
-            self.pulse.beat(Part::Gate);
+            self.pulse.beat(pulse::Part::Gate);
             // What waits was asked first.
             self.take_decisions()?;
             self.answer_late()?;
@@ -224,7 +224,7 @@ impl<'groups> Process<'groups> {
             self.copy_ups.refresh(self.groups)?;
             if self.judged.elapsed() >= TURN {
                 self.judged = Instant::now();
-                let turns = self.pulse.turns_of(Part::Daemon).load(Ordering::Relaxed);
+                let turns = self.pulse.turns_of(pulse::Part::Daemon).load(Ordering::Relaxed);
                 if self.daemon.turn(turns) >= PATIENCE {
                     let prefix = process::priority_prefix(3);
                     eprintln!("{prefix}driftd gate: the daemon makes no progress; the gate ends");
@@ -385,10 +385,17 @@ impl<'groups> Process<'groups> {
         let Incoming::Permission(permission) = incoming else { return Ok(()) };
         let event = permission.event();
         let Event { pid: thread, range, .. } = *event;
+        let Ok(stat) = file::stat(&event.file) else { return allow(permission).map(drop) };
+        // Some programs read a byte at a time.
+        let part = Part::of(thread, &stat, range);
+        if self.reads.is_let_through(&part) {
+            return allow(permission).map(drop);
+        }
         // driftd itself, the host's own processes, and containers in which nothing is denied.
         let whereabouts = whereabouts(thread);
         let container = whereabouts.as_ref().and_then(|it| self.questions.reader(it));
-        let (Some(container), Ok(stat)) = (container, file::stat(&event.file)) else {
+        let Some(container) = container else {
+            self.reads.let_through(part);
             return allow(permission).map(drop);
         };
         let mut process = [0; MAX_STAT];
@@ -397,12 +404,15 @@ impl<'groups> Process<'groups> {
         };
         let read = Read::of(&process, &stat, range);
         match self.reads.decision(&read) {
-            Some(Answer::Allow) => return allow(permission).map(drop),
+            Some(Answer::Allow) => {
+                self.reads.let_through(part);
+                return allow(permission).map(drop);
+            }
             Some(Answer::Deny) => return self.deny(permission).map(drop),
             None => (),
         }
-        let Waits::Under(container, number) = self.questions.turn_of(container) else {
-            return self.answer_undecided(permission).map(drop);
+        let Waits::Under(container, number) = self.questions.turn_of(container, true) else {
+            return self.read_undecided(permission).map(drop);
         };
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
         let asked = Asked {
@@ -416,12 +426,19 @@ impl<'groups> Process<'groups> {
         };
         let file = permission.event().file.try_clone();
         let (true, Ok(file)) = (self.outbox.has_room(), file) else {
-            return self.answer_undecided(permission).map(drop);
+            return self.read_undecided(permission).map(drop);
         };
         self.outbox.hand_on(&Message::Reads { asked, range }, Some(file), None, self.pulse);
         self.reads.asked(number, read);
         self.questions.wait((container, number), None, Question { permission, is_read: true });
         Ok(())
+    }
+
+    /// A read about which nothing was decided is allowed, whatever the settings say of
+    /// executions: most reads are of data. Code is killed when it runs.
+    fn read_undecided(&self, permission: Permission<'groups>) -> io::Result<Event> {
+        self.pulse.unread().fetch_add(1, Ordering::Relaxed);
+        allow(permission)
     }
 
     /// The kernel asks before this file is read, from now on. If it cannot, the daemon kills
@@ -482,6 +499,7 @@ impl<'groups> Process<'groups> {
         let (_, denied) = match with {
             Some(Answer::Allow) => (allow(permission)?, false),
             Some(Answer::Deny) => (self.deny(permission)?, true),
+            None if is_read => (self.read_undecided(permission)?, false),
             None => self.answer_undecided(permission)?,
         };
         let message = Message::Answered { number, denied, at, is_read };

@@ -46,6 +46,14 @@ pub(super) struct Questions<'groups> {
 struct Container {
     enforced: Enforced,
     waiting: usize,
+    /// Reads that wait do not take the room of executions.
+    reads: usize,
+}
+
+impl Container {
+    fn waiting(&mut self, is_read: bool) -> &mut usize {
+        if is_read { &mut self.reads } else { &mut self.waiting }
+    }
 }
 
 struct Waiting<'groups> {
@@ -80,8 +88,10 @@ impl<'groups> Questions<'groups> {
         }
         // With those that wait since before: the number is the same container's.
         let of_it = |one: &&Waiting<'_>| one.container == enforced.device;
-        let waiting = self.waiting.values().filter(of_it).count();
-        self.containers.insert(enforced.device, Container { enforced, waiting });
+        let (reads, others): (Vec<_>, Vec<_>) =
+            self.waiting.values().filter(of_it).partition(|one| one.is_read);
+        let (reads, waiting) = (reads.len(), others.len());
+        self.containers.insert(enforced.device, Container { enforced, waiting, reads });
     }
 
     /// Those that wait already are decided about, or answered when their time is over.
@@ -106,7 +116,7 @@ impl<'groups> Questions<'groups> {
         if self.known.contains(&File::of(stat)) {
             return Waits::No;
         }
-        self.turn_of(device)
+        self.turn_of(device, false)
     }
 
     /// The device of the container in which a thread reads a guarded file, if executions wait
@@ -119,8 +129,9 @@ impl<'groups> Questions<'groups> {
     }
 
     /// A number for a question of this container, if there is room.
-    pub(super) fn turn_of(&mut self, device: u64) -> Waits {
-        let of_one = self.containers.get(&device).map_or(0, |container| container.waiting);
+    pub(super) fn turn_of(&mut self, device: u64, is_read: bool) -> Waits {
+        let container = self.containers.get_mut(&device);
+        let of_one = container.map_or(0, |container| *container.waiting(is_read));
         if self.waiting.len() >= MAX_WAITING || of_one >= MAX_OF_ONE {
             return Waits::NoRoom;
         }
@@ -147,7 +158,7 @@ impl<'groups> Questions<'groups> {
         // the container.
         let file = file.filter(|stat| stat.device == container).map(File::of);
         if let Some(container) = self.containers.get_mut(&container) {
-            container.waiting += 1;
+            *container.waiting(is_read) += 1;
         }
         let since = Instant::now();
         self.waiting.insert(number, Waiting { container, file, permission, is_read, since });
@@ -158,7 +169,8 @@ impl<'groups> Questions<'groups> {
     pub(super) fn take(&mut self, number: u64, is_unchanged: bool) -> Option<Taken<'groups>> {
         let Waiting { container, file, permission, is_read, .. } = self.waiting.remove(&number)?;
         if let Some(container) = self.containers.get_mut(&container) {
-            container.waiting = container.waiting.saturating_sub(1);
+            let waiting = container.waiting(is_read);
+            *waiting = waiting.saturating_sub(1);
             if let Some(file) = file.filter(|_| is_unchanged) {
                 if self.known.len() >= MAX_KNOWN {
                     self.known.clear();

@@ -15,6 +15,10 @@ use crate::sys::procfs::{ArgumentArea, Stat};
 /// How long a decision counts.
 const MOMENT: Duration = Duration::from_secs(1);
 
+/// How long a thread that reads a file again and again is not looked at. Meanwhile it could
+/// become another program: that one is killed if it may not read the file.
+const INSTANT: Duration = Duration::from_millis(20);
+
 /// How many are remembered. Then all are forgotten, and asked about again.
 const MOST: usize = 4 * 1024;
 
@@ -40,11 +44,26 @@ impl Read {
     }
 }
 
+/// A thread reads a part of a file, whatever it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Part {
+    thread: u32,
+    file: File,
+    is_head: bool,
+}
+
+impl Part {
+    pub(super) fn of(thread: u32, file: &file::Stat, range: Option<Range>) -> Part {
+        Part { thread, file: File::of(file), is_head: range.is_none_or(Range::is_head) }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Reads {
     /// By the number under which they wait.
     asked: HashMap<u64, Read>,
     decided: HashMap<Read, (Answer, Instant)>,
+    let_through: HashMap<Part, Instant>,
 }
 
 impl Reads {
@@ -59,6 +78,17 @@ impl Reads {
             self.decided.clear();
         }
         self.decided.insert(read, (answer, Instant::now()));
+    }
+
+    pub(super) fn let_through(&mut self, part: Part) {
+        if self.let_through.len() >= MOST {
+            self.let_through.clear();
+        }
+        self.let_through.insert(part, Instant::now());
+    }
+
+    pub(super) fn is_let_through(&self, part: &Part) -> bool {
+        self.let_through.get(part).is_some_and(|at| at.elapsed() < INSTANT)
     }
 
     pub(super) fn decision(&self, read: &Read) -> Option<Answer> {

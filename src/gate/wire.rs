@@ -182,6 +182,17 @@ pub(super) enum Message<'packet> {
     },
 }
 
+impl Message<'_> {
+    /// Whether it stands for an execution that is counted as answered.
+    pub(super) fn is_counted(&self) -> bool {
+        match self {
+            Message::Executed { asked, .. } => asked.waits.is_none(),
+            Message::Answered { is_read, .. } => !is_read,
+            Message::Reads { .. } | Message::Runtime { .. } => false,
+        }
+    }
+}
+
 pub(super) fn encode<'buffer, T: Serialize>(value: &T, buffer: &'buffer mut [u8]) -> &'buffer [u8] {
     postcard::to_slice(value, buffer).expect("no packet is longer than the buffer")
 }

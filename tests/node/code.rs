@@ -82,7 +82,12 @@ pub(crate) fn import(node: &Node) -> anyhow::Result<()> {
             .file("/usr/lib/libidle.so.1.2", 0o644, &library(IDLE, "the image's")?)
             .symlink("/usr/lib/libidle.so.1", "libidle.so.1.2")
             .file("/usr/lib/packed.so", 0o644, &library(IDLE, "packed")?)
-            .file("/usr/bin/hello.sh", 0o755, b"#!/bin/sh\necho hello\n"),
+            .file("/usr/bin/hello.sh", 0o755, b"#!/bin/sh\necho hello\n")
+            .file(
+                "/usr/bin/lists.sh",
+                0o755,
+                b"#!/bin/bash\nexec 10</tmp/list\nread -r first <&10\necho \"got $first\"\n",
+            ),
     );
     let file = node.path("code.tar");
     image::write(&file, IMAGE, layers)?;

@@ -325,7 +325,19 @@ fn not_read(node: &Node, times: u32) -> anyhow::Result<()> {
     ensure!(findings.iter().find(killed).is_none(), "{findings:#?}");
 
     // To read is not to run: these go on, and so do the host's own processes.
-    for command in ["cat /tmp/plain", "cp /tmp/evil.so /tmp/copy.so", "grep -q data /tmp/data"] {
+    container.sh("echo one >/tmp/list")?;
+    for command in [
+        "cat /tmp/plain",
+        "cp /tmp/evil.so /tmp/copy.so",
+        "grep -q data /tmp/data",
+        "head -c 64 /tmp/evil.so",
+        "cmp /tmp/evil.so /tmp/copy.so",
+        "od -N 16 /tmp/evil.so",
+        "while read -r line; do echo $line; done </tmp/plain",
+        // An image's script that has a data file open where shells have their scripts.
+        "[ \"$(bash /usr/bin/lists.sh)\" = 'got one' ]",
+        "[ \"$(/usr/bin/lists.sh)\" = 'got one' ]",
+    ] {
         let ran = container.try_sh(command)?;
         ensure!(ran.status == 0, "{command}: {ran:?}");
     }

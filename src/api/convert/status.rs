@@ -66,6 +66,7 @@ pub(crate) fn gate_to_proto(health: &Health) -> Option<proto::Gate> {
         undecided,
         guarded,
         unguarded,
+        reads_undecided: health.reads_undecided(),
     })
 }
 

@@ -31,7 +31,7 @@ pub use namespaces::{
     pid_namespace_of,
 };
 pub use stat::{ArgumentArea, Stat, activity, age, has_threads, read_stat, tty_name};
-pub use threads::{is_in_execve, process_of};
+pub use threads::{ReadCall, process_of, read_call};
 pub use time::{ticks_in, ticks_since_boot, time_of_ticks};
 
 #[cfg(test)]

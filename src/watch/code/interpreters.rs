@@ -30,6 +30,7 @@ use crate::watch::core::fair::Receiver;
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
 use crate::watch::files::shared::Files;
+use crate::watch::files::upper;
 use crate::watch::process::activity::{Activity, Event};
 use crate::watch::process::arguments::Recorded;
 use crate::watch::process::{describe, reach, records};
@@ -63,6 +64,8 @@ struct Check {
     is_service: bool,
     /// The script that it was given by name.
     script: Option<Named>,
+    /// Its script may not be read before that was decided: it is checked again soon.
+    is_asked_about: bool,
     again: usize,
     due: Instant,
 }
@@ -146,7 +149,12 @@ pub(crate) fn run(shared: &Files, started: &Receiver<Box<Started>>, waiting: &Wa
             Next::Item(one) => {
                 threads::about(&one.watched.container);
                 if let Some(check) = first(shared, *one) {
-                    wait_for(shared, &mut waiting.queues().waiting, check);
+                    let mut queues = waiting.queues();
+                    if check.is_asked_about {
+                        defer(shared, &mut queues.deferred, check);
+                    } else {
+                        wait_for(shared, &mut queues.waiting, check);
+                    }
                 }
             }
             Next::Nothing => (),
@@ -277,6 +285,7 @@ fn first(shared: &Files, started: Started) -> Option<Check> {
         pending: None,
         is_service: false,
         script: None,
+        is_asked_about: false,
         again: 0,
         due: Instant::now(),
     };
@@ -538,7 +547,7 @@ fn report_pending(shared: &Files, check: &mut Check) {
         Script::Pipe { .. } => None,
     };
     let process = Arc::new(check.process.clone());
-    if was_denied(shared, check, written.stat.as_ref()) {
+    if written.stat.as_ref().is_some_and(|stat| was_denied(shared, check, &script, stat)) {
         return;
     }
     let denied = false;
@@ -547,17 +556,28 @@ fn report_pending(shared: &Files, check: &mut Check) {
 }
 
 /// Whether the interpreter may not read its script before that was decided.
-fn is_asked_about(shared: &Files, check: &Check, script: Option<&file::Stat>) -> bool {
-    let Check { watched, executed, .. } = check;
+fn is_asked_about(shared: &Files, check: &Check, script: &Script, stat: &file::Stat) -> bool {
     // Where the kernel refuses all marks, nothing is asked.
+    let Check { watched, executed, .. } = check;
     shared.health.guarded().0 > 0
-        && script.is_some_and(|stat| shared.guards.was_guarded(watched, stat, *executed))
+        && below(watched, script, stat)
+            .is_some_and(|below| shared.guards.was_guarded(watched, &below, *executed))
 }
 
-/// Whether it was not allowed to read it. Then it has not run, and that was reported.
-fn was_denied(shared: &Files, check: &Check, script: Option<&file::Stat>) -> bool {
+/// Whether it was not allowed to read it, and has ended. Then the script has not run, and that was
+/// reported.
+fn was_denied(shared: &Files, check: &Check, script: &Script, stat: &file::Stat) -> bool {
     let (Check { watched, executed, .. }, pid) = (check, check.handle.identity().pid);
-    script.is_some_and(|stat| shared.guards.is_denied(watched, pid, stat, *executed))
+    let has_ended = || check.handle.stat().is_ok_and(|stat| stat.has_ended());
+    below(watched, script, stat)
+        .is_some_and(|below| shared.guards.is_denied(watched, pid, &below, *executed))
+        && (has_ended() || check.handle.stat().is_err())
+}
+
+/// A script of the container's own layer, as it is below the overlay.
+fn below(watched: &Watched, script: &Script, stat: &file::Stat) -> Option<file::Stat> {
+    let Script::File { path, .. } = script else { return None };
+    file::stat(upper::upper(watched, path, stat)?).ok()
 }
 
 /// The writer of a script, if that is known.
@@ -603,12 +623,15 @@ fn report_script(
         None => {
             // `#!/usr/bin/env X`, or a text without `#!`: the gate reports that it was
             // executed, and that comes first.
-            let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
             // The event of its closing may not have been read yet.
             let may_show_its_writer = written.writer.is_none() && written.stat.is_some();
-            // It waits to be read, or was not allowed to be.
-            let is_asked_about = is_asked_about(shared, check, written.stat.as_ref());
+            let may_be_executed = is_reported_when_executed && state.mode & 0o111 != 0;
             let script = Script::File { path, filesystem, state, lower };
+            // It waits to be read, or was not allowed to be.
+            let stat = written.stat.as_ref();
+            let is_asked_about =
+                stat.is_some_and(|stat| is_asked_about(shared, check, &script, stat));
+            check.is_asked_about |= is_asked_about;
             if (may_be_executed || may_show_its_writer || is_asked_about)
                 && file_of.is_none()
                 && check.pending.is_none()

@@ -213,8 +213,11 @@ impl Marker {
             residence.leave();
         }
         watched.files.close();
-        // The kernel uses the device's number again.
-        let _ = self.marks.enforce_no_more(watched.device);
+        // The kernel uses the device's number again, perhaps already.
+        let is_its = |it: Arc<Watched>| Arc::ptr_eq(&it, &watched);
+        if self.shared.table.by_device(watched.device).is_none_or(is_its) {
+            let _ = self.marks.enforce_no_more(watched.device);
+        }
         self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(ScanRequest::Last { watched }) {
             let ScanRequest::Last { watched } = err.into_inner() else { return };

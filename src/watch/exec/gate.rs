@@ -230,15 +230,9 @@ impl Gate {
 
     /// Has it decided whether a program may run that waits under this number.
     fn ask(&self, number: u64, seen: Arrival) {
-        let decision = match self.arrivals.question(&seen) {
-            Ok(new) => {
-                let asking = Asking { number, stage: Stage::New(Box::new(new)) };
-                self.waiting.asking.try_send(asking).err().map(|_| Decision::None)
-            }
-            Err(decision) => Some(decision),
-        };
-        if let Some(decision) = decision {
-            self.waiting.decisions.decide(number, decision);
+        match self.arrivals.question(&seen) {
+            Ok(new) => self.send(Asking { number, stage: Stage::New(Box::new(new)) }),
+            Err(decision) => self.waiting.decisions.decide(number, decision),
         }
         let mut arrivals = self.waiting.arrivals.borrow_mut();
         if arrivals.len() >= MAX_WAITING {
@@ -259,7 +253,9 @@ impl Gate {
             if !denied {
                 // The kernel records its execve after this moment.
                 seen.caller.asked = Some(at);
-                shared.observed().allowed(seen.caller.pid, &seen.stat);
+                if let Some(process) = &seen.caller.stat {
+                    shared.observed().allowed(process.identity, &seen.stat);
+                }
                 self.arrivals.hand_on(seen);
             } else if let Some((observation, _)) = observed
                 && let Fact::File(FileFact::Executed { path, .. }) = &observation.fact
@@ -289,17 +285,22 @@ impl Gate {
         let table = &self.arrivals.shared.table;
         let watched = whereabouts.as_ref().and_then(|it| table.of_whereabouts(it));
         let at = Timestamp::from_nanosecond(time.into()).unwrap_or_default();
-        let decision = match (watched, stat) {
+        match (watched, stat) {
             (Some(watched), Ok(stat)) => {
                 let read = NewRead { watched, file, stat, range, thread, at };
-                let asking = Asking { number, stage: Stage::Read(Box::new(read)) };
-                self.waiting.asking.try_send(asking).err().map(|_| Decision::None)
+                self.send(Asking { number, stage: Stage::Read(Box::new(read)) });
             }
-            _ => Some(Decision::Allow),
-        };
-        if let Some(decision) = decision {
-            self.waiting.decisions.decide(number, decision);
+            _ => self.waiting.decisions.decide(number, Decision::None),
         }
+    }
+
+    /// A question that finds no room, or that makes room for another one, is not decided.
+    fn send(&self, asking: Asking) {
+        let dropped = match self.waiting.asking.try_send(asking) {
+            Ok(()) => return,
+            Err(TrySendError::Full(dropped) | TrySendError::Disconnected(dropped)) => dropped,
+        };
+        self.waiting.decisions.decide(dropped.number, Decision::None);
     }
 
     /// A thread that waited to read a guarded file may read it, or may not.

@@ -4,10 +4,11 @@
 //! Owns the tables alone. `questions` makes the observations, `gate` reports those of what was
 //! denied, and `trace` asks what a process runs instead.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use crate::model::{FileTime, Observation, RootfsPath};
+use crate::model::{Observation, ProcessIdentity, RootfsPath};
 use crate::sys::file::Stat;
+use crate::watch::files::upper;
 
 /// How many are kept: more than may wait.
 const MAX_OBSERVED: usize = 2048;
@@ -20,10 +21,9 @@ const MOMENT: u64 = 1_000_000_000;
 /// The observations of what waits, with its file, by number: what is denied is reported by them.
 #[derive(Debug, Default)]
 pub(crate) struct Observed {
-    waiting: HashMap<u64, (Observation, Stat)>,
-    /// The last file that each process was allowed to execute, by the time when it was made:
-    /// the same on the overlay and below it.
-    allowed: HashMap<u32, FileTime>,
+    waiting: BTreeMap<u64, (Observation, Stat)>,
+    /// The last file that each process was allowed to execute, as it was on the overlay.
+    allowed: HashMap<ProcessIdentity, Stat>,
     /// The last denial of each process: when, by the clock of the kernel's records, and of what.
     denied: HashMap<u32, (u64, RootfsPath)>,
 }
@@ -32,7 +32,7 @@ impl Observed {
     pub(crate) fn keep(&mut self, number: u64, observation: Observation, file: Stat) {
         // A number whose answer was lost stays. Each is a moment old at most.
         if self.waiting.len() >= MAX_OBSERVED {
-            self.waiting.clear();
+            self.waiting.pop_first();
         }
         self.waiting.insert(number, (observation, file));
     }
@@ -42,19 +42,18 @@ impl Observed {
     }
 
     /// A process was allowed to execute a file.
-    pub(crate) fn allowed(&mut self, pid: u32, file: &Stat) {
+    pub(crate) fn allowed(&mut self, process: ProcessIdentity, file: &Stat) {
         if self.allowed.len() >= MAX_ALLOWED {
             self.allowed.clear();
         }
-        if let Some(born) = file.born {
-            self.allowed.insert(pid, born);
-        }
+        self.allowed.insert(process, *file);
     }
 
-    /// Whether this is the last file that a process was allowed to execute: a script, which its
-    /// interpreter reads.
-    pub(crate) fn was_allowed(&self, pid: u32, file: &Stat) -> bool {
-        file.born.is_some() && self.allowed.get(&pid).copied() == file.born
+    /// Whether this is the last file that a process was allowed to execute, unchanged since: a
+    /// script, which its interpreter reads.
+    pub(crate) fn was_allowed(&self, process: ProcessIdentity, upper: &Stat) -> bool {
+        let is_it = |file: &Stat| upper::is_this(upper, file) && !upper::has_changed(upper, file);
+        self.allowed.get(&process).is_some_and(is_it)
     }
 
     /// An execution was denied to a process.

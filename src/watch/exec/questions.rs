@@ -16,6 +16,7 @@
 //! An execution that is allowed goes on to `take`, like every other. There it is examined
 //! again: what ran may be something else by then.
 
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -119,8 +120,12 @@ pub(crate) fn run(
             Stage::New(new) => {
                 describe(shared, *new).map(|it| (it, Use::Executed)).ok_or(Decision::None)
             }
-            // It is read for something that no finding is about.
-            Stage::Read(read) => describe_read(shared, *read).ok_or(Decision::Allow),
+            Stage::Read(read) => match describe_read(shared, *read) {
+                Ok(Some(described)) => Ok(described),
+                // It is read for something that no finding is about.
+                Ok(None) => Err(Decision::Allow),
+                Err(_) => Err(Decision::None),
+            },
             Stage::Reading(described, used) => Ok((described, used)),
         };
         let (mut described, used) = match described {
@@ -202,32 +207,20 @@ fn describe(shared: &Exec, new: New) -> Option<Box<Described>> {
     }))
 }
 
-/// Describes the process that reads a guarded file; `None` if no rule can be about that.
-fn describe_read(shared: &Exec, read: NewRead) -> Option<(Box<Described>, Use)> {
+/// Describes the process that reads a guarded file; `None` if no rule can be about that, and an
+/// error if that is not known.
+fn describe_read(shared: &Exec, read: NewRead) -> io::Result<Option<(Box<Described>, Use)>> {
     let NewRead { watched, file, stat, range, thread, at } = read;
     threads::about(&watched.container);
-    // Below the overlay, its layer is the root.
-    let name = file::name_of(file.as_fd()).ok()?;
-    let name = if stat.links == 0 { name.strip_suffix(file::DELETED)? } else { &name };
-    let path = RootfsPath::new(name).ok()?;
-    // A guarded file of another container, reached by /proc, is none of this one's.
-    let layers = watched.layers()?;
-    let is_own = stat.links == 0 || {
-        let upper = file::open_directory(&layers.dirs.upperdir).ok()?;
-        let found = file::open_path_beneath(&upper, path.relative()).and_then(file::stat);
-        found.is_ok_and(|found| (found.device, found.inode) == (stat.device, stat.inode))
-    };
-    if !is_own {
-        return None;
-    }
-    let purpose =
-        reads::purpose(&watched, &reads::Read { file: &file, stat: &stat, range, thread })?;
+    let asked = reads::Read { file: &file, stat: &stat, range, thread };
+    let Some(purpose) = reads::purpose(&watched, &asked)? else { return Ok(None) };
+    let Some(path) = path_below(&watched, &file, &stat)? else { return Ok(None) };
     let (process, used) = match purpose {
         Purpose::Library { process, by_linker } => (process, Use::Loaded { by_linker }),
         Purpose::Script { process } => (process, Use::Interpreted),
     };
-    if used == Use::Interpreted && shared.observed().was_allowed(process.identity.pid, &stat) {
-        return None;
+    if used == Use::Interpreted && shared.observed().was_allowed(process.identity, &stat) {
+        return Ok(None);
     }
     let file = Executed::Held(watched.hold(file));
     let described = Described {
@@ -248,7 +241,36 @@ fn describe_read(shared: &Exec, read: NewRead) -> Option<(Box<Described>, Use)> 
         times: 1,
         progress: Progress::Waiting,
     };
-    Some((Box::new(described), used))
+    Ok(Some((Box::new(described), used)))
+}
+
+/// The path of a file of the container's layer, from the kernel's name for it: below the overlay,
+/// the layer is the root. `None` for a file of another container, reached by /proc.
+fn path_below(watched: &Watched, file: &OwnedFd, stat: &Stat) -> io::Result<Option<RootfsPath>> {
+    let name = file::name_of(file.as_fd())?;
+    let path = |name: &[u8]| RootfsPath::new(name).map_err(|_| io::ErrorKind::InvalidData);
+    // One of several names can have been removed, too.
+    let removed = name.strip_suffix(file::DELETED);
+    if let Some(removed) = removed.filter(|_| stat.links == 0) {
+        return Ok(Some(path(removed)?));
+    }
+    let layers = watched.layers().ok_or(io::ErrorKind::NotFound)?;
+    let upper = file::open_directory(&layers.dirs.upperdir)?;
+    for name in [Some(name.as_slice()), removed].into_iter().flatten() {
+        let path = path(name)?;
+        match file::open_path_beneath(&upper, path.relative()).and_then(file::stat) {
+            Ok(found) if (found.device, found.inode) == (stat.device, stat.inode) => {
+                return Ok(Some(path));
+            }
+            Ok(_) => return Ok(None),
+            Err(_) => (),
+        }
+    }
+    // It was renamed a moment ago, or its last known name was removed.
+    match removed {
+        Some(removed) => Ok(Some(path(removed)?)),
+        None => Err(io::ErrorKind::NotFound.into()),
+    }
 }
 
 /// What it will be; `None` if it is the image's own file where the image has it.

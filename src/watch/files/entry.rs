@@ -101,6 +101,16 @@ impl Place {
         Arc::ptr_eq(&self.watched, watched) && self.path == *path
     }
 
+    /// Where rules may deny, guards what may be code under the last name of `path`: it may have
+    /// been renamed since it was written.
+    pub(crate) fn guard(&self, shared: &Files, path: &RootfsPath) {
+        if let Some(directory) = self.directory.as_ref().filter(|_| self.watched.is_enforced())
+            && let Ok(stat) = file::stat_at(directory, path.file_name())
+        {
+            shared.guards.found(&self.watched, directory.as_fd(), path.file_name(), &stat);
+        }
+    }
+
     /// What is under the last name of `path`; `None` if nothing.
     pub(crate) fn examine(
         &self,

@@ -102,7 +102,7 @@ impl Feed {
         };
         // First: from here on the file can be used.
         let upper = || upper::upper(&watched, &path, &stat);
-        self.shared.guards.written(&watched, &stat, &file, upper);
+        self.shared.guards.written(&watched, &file, upper);
         let is_program = file::sniff(file.as_fd()).is_ok_and(may_be_program);
         // Closed early: an open event descriptor keeps the container's superblock alive.
         drop(file);

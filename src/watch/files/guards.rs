@@ -30,9 +30,23 @@ const AGAIN: Duration = Duration::from_secs(600);
 /// How long a walk waits for room in the gate's channel.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// A file of a container's own layer, by the device of the container's overlay and the time at
-/// which it was made. An overlay shows the same time as the layer's own filesystem.
-type Guarded = (u64, FileTime);
+/// A file of a container's own layer, as it is below the overlay. The number of an inode is used
+/// again, for a file that was made later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Guarded {
+    /// The device of the container's overlay.
+    container: u64,
+    device: u64,
+    inode: u64,
+    born: Option<FileTime>,
+}
+
+impl Guarded {
+    fn of(watched: &Watched, below: &Stat) -> Guarded {
+        let Stat { device, inode, born, .. } = *below;
+        Guarded { container: watched.device, device, inode, born }
+    }
+}
 
 #[derive(Debug, Default)]
 pub(crate) struct Guards {
@@ -59,11 +73,10 @@ impl Guards {
     }
 
     /// A process of the container has written this file, and closed it. `upper` opens the same
-    /// file below the overlay.
+    /// file below the overlay. A file with another name by now is guarded when that has settled.
     pub(super) fn written(
         &self,
         watched: &Watched,
-        stat: &Stat,
         written: &OwnedFd,
         upper: impl FnOnce() -> Option<OwnedFd>,
     ) {
@@ -71,13 +84,14 @@ impl Guards {
             return;
         }
         let Some(upper) = upper() else { return };
+        let Ok(stat) = file::stat(&upper) else { return };
         // A walk guards it if the gate has no room now.
-        if self.guard(watched, stat, &upper, Duration::ZERO).is_err() {
+        if self.guard(watched, &stat, &upper, Duration::ZERO).is_err() {
             watched.ask_for_walk();
         }
     }
 
-    /// A walk has found this name in the upper layer.
+    /// A scan has found this name in the upper layer.
     pub(super) fn found(
         &self,
         watched: &Watched,
@@ -120,17 +134,16 @@ impl Guards {
     }
 
     fn learn(&self, watched: &Watched, stat: &Stat, guarded: Option<u64>) {
-        let Some(born) = stat.born else { return };
         let mut known = lock(&self.known);
         if known.len() >= MOST {
             known.clear();
         }
         let known_now = Known { guarded, since: Instant::now(), changed: stat.changed };
-        known.insert((watched.device, born), known_now);
+        known.insert(Guarded::of(watched, stat), known_now);
     }
 
     fn known(&self, watched: &Watched, stat: &Stat) -> Option<Known> {
-        lock(&self.known).get(&(watched.device, stat.born?)).copied()
+        lock(&self.known).get(&Guarded::of(watched, stat)).copied()
     }
 
     /// Whether a walk need not look at a file.
@@ -148,24 +161,23 @@ impl Guards {
 
     /// A process was not allowed to read a file.
     pub(crate) fn deny(&self, watched: &Watched, pid: u32, stat: &Stat, at: u64) {
-        let Some(born) = stat.born else { return };
         let mut denied = lock(&self.denied);
         if denied.len() >= MOST {
             denied.clear();
         }
-        denied.insert((pid, (watched.device, born)), at);
+        denied.insert((pid, Guarded::of(watched, stat)), at);
     }
 
     /// Whether a process that runs this program since `since` was not allowed to read a file.
     pub(crate) fn is_denied(&self, watched: &Watched, pid: u32, stat: &Stat, since: u64) -> bool {
-        let at = |born| lock(&self.denied).get(&(pid, (watched.device, born))).copied();
-        stat.born.and_then(at).is_some_and(|at| at >= since)
+        let at = lock(&self.denied).get(&(pid, Guarded::of(watched, stat))).copied();
+        at.is_some_and(|at| at >= since)
     }
 
     /// Forgets a container that has ended. The kernel uses the device's number again.
     pub(super) fn forget(&self, watched: &Watched) {
-        lock(&self.known).retain(|(device, _), _| *device != watched.device);
-        lock(&self.denied).retain(|(_, (device, _)), _| *device != watched.device);
+        lock(&self.known).retain(|file, _| file.container != watched.device);
+        lock(&self.denied).retain(|(_, file), _| file.container != watched.device);
     }
 }
 

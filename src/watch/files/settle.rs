@@ -52,7 +52,11 @@ pub(crate) fn settle(shared: &Files, container: &ContainerId, work: &mut Work, s
             Some(place) => Ok(place),
             None => Place::open(watched, layers, parent),
         };
-        let examined = opened.and_then(|opened| place.insert(opened).examine(shared, layers, path));
+        let examined = opened.and_then(|opened| {
+            let place = place.insert(opened);
+            place.guard(shared, path);
+            place.examine(shared, layers, path)
+        });
         let in_image = place.as_ref().is_none_or(|place| place.in_image);
         match examined {
             Ok(Some(Examined::Reading(reading))) => work.reading = Some((settled, reading)),

@@ -197,7 +197,10 @@ impl Files {
         self.table.remove(watched);
         self.names.forget(watched);
         self.closings.forget_files(&watched.container);
-        self.guards.forget(watched);
+        // The kernel uses the number again, perhaps already.
+        if self.table.by_device(watched.device).is_none() {
+            self.guards.forget(watched);
+        }
         self.roots().forget(&watched.container);
     }
 }

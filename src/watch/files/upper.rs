@@ -49,6 +49,13 @@ pub(crate) fn is_same(upper: &Stat, overlay: &Stat) -> bool {
     }
 }
 
+/// Whether both are the same file of the upper layer, where nothing else shows it, such as its
+/// path. Files that were made within a tick of the clock have the same time of birth.
+pub(crate) fn is_this(upper: &Stat, overlay: &Stat) -> bool {
+    let is_same_inode = upper.inode == overlay.inode;
+    is_same(upper, overlay) && (is_same_inode || !has_changed(upper, overlay))
+}
+
 /// Whether a file's content may have changed between two examinations.
 pub(crate) fn has_changed(before: &Stat, now: &Stat) -> bool {
     (before.changed, before.modified, before.size) != (now.changed, now.modified, now.size)
