@@ -39,6 +39,9 @@ use crate::watch::process::{describe, reach, records};
 /// start.
 const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
 
+/// How long the last check of a script waits for the change feed, on a busy machine.
+const FEED: Duration = Duration::from_millis(100);
+
 /// No more shells than this wait for a later check.
 const MAX_WAITING: usize = 16 * 1024;
 
@@ -370,7 +373,8 @@ fn take(shared: &Files, check: &mut Check, given: Given) {
                         .is_some_and(|stat| shared.table.is_marked(stat.device, stat.mount));
                     let is_own = code.filesystem == Filesystem::Overlay && code.file_of.is_none();
                     let stat = stat.filter(|_| is_own);
-                    let writer = writer(shared, check, &code.path, stat.as_ref());
+                    let now = Duration::ZERO;
+                    let writer = writer(shared, check, &code.path, stat.as_ref(), now);
                     report_script(shared, check, code, Written { writer, stat }, is_reported);
                 }
                 inspect::Examined::Nothing => (),
@@ -541,7 +545,7 @@ impl Pending {
 /// Reports the script that has waited for a later check.
 fn report_pending(shared: &Files, check: &mut Check) {
     let Some(Pending { script, written }) = check.pending.take() else { return };
-    let later = |path| writer(shared, check, path, written.stat.as_ref());
+    let later = |path| writer(shared, check, path, written.stat.as_ref(), FEED);
     let writer = match &script {
         Script::File { path, .. } => written.writer.or_else(|| later(path)),
         Script::Pipe { .. } => None,
@@ -580,14 +584,15 @@ fn below(watched: &Watched, script: &Script, stat: &file::Stat) -> Option<file::
     file::stat(upper::upper(watched, path, stat)?).ok()
 }
 
-/// The writer of a script, if that is known.
+/// The writer of a script, if that is known. Waits so long for the change feed, which knows it.
 fn writer(
     shared: &Files,
     check: &Check,
     path: &RootfsPath,
     stat: Option<&file::Stat>,
+    patience: Duration,
 ) -> Option<Arc<Process>> {
-    shared.writer_of_used(&check.watched, path, stat?, Duration::ZERO)
+    shared.writer_of_used(&check.watched, path, stat?, patience)
 }
 
 fn report_script(

@@ -367,7 +367,7 @@ impl Libraries {
         }
         self.reported.insert(reported);
         let process = handle.map(|handle| describe::as_it_is(&handle, watched));
-        let has_writer = examined.writer(shared, watched).is_some();
+        let has_writer = examined.writer(shared, watched, Duration::ZERO).is_some();
         if code.filesystem == Filesystem::Overlay && !has_writer {
             self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, examined, process));
         } else {
@@ -500,11 +500,17 @@ struct Examined {
 }
 
 impl Examined {
-    fn writer(&self, shared: &Files, watched: &Watched) -> Option<Arc<Process>> {
+    /// The writer of the file. Waits so long for the change feed, which knows it.
+    fn writer(
+        &self,
+        shared: &Files,
+        watched: &Watched,
+        patience: Duration,
+    ) -> Option<Arc<Process>> {
         if self.code.filesystem != Filesystem::Overlay {
             return None;
         }
-        shared.writer_of_used(watched, &self.code.path, self.stat.as_ref()?, Duration::ZERO)
+        shared.writer_of_used(watched, &self.code.path, self.stat.as_ref()?, patience)
     }
 }
 
@@ -585,7 +591,8 @@ fn report(
     source: Source,
 ) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    let writer = examined.writer(shared, watched);
+    // It has waited already: more is needed only on a busy machine.
+    let writer = examined.writer(shared, watched, WAIT_FOR_WRITER);
     let Code { path, filesystem, state, lower, file_of } = examined.code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
