@@ -30,8 +30,9 @@ pub fn process_of(thread: u32) -> io::Result<u32> {
     process.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// How long a thread may take to go to sleep, after the kernel has asked about it.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// How long a thread may take to go to sleep, after the kernel has asked about it. Others wait
+/// meanwhile.
+const PATIENCE: Duration = Duration::from_millis(5);
 
 /// The system call of a thread that waits in the kernel, or is about to. An error if that
 /// cannot be read.
@@ -89,12 +90,12 @@ mod tests {
         assert_eq!(process, here);
         // A thread that sleeps has called something.
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
-        let (told, tell) = std::sync::mpsc::channel();
+        let (number, its_number) = std::sync::mpsc::channel();
         let sleeper = std::thread::spawn(move || {
-            told.send(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()).unwrap();
+            number.send(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()).unwrap();
             let _ = receiver.recv();
         });
-        assert_eq!(read_call(tell.recv().unwrap()).unwrap(), ReadCall::Other);
+        assert_eq!(read_call(its_number.recv().unwrap()).unwrap(), ReadCall::Other);
         drop(sender);
         sleeper.join().unwrap();
     }
