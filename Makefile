@@ -172,7 +172,7 @@ bench-against: OLDER = $(CURDIR)/target/against/$(REV)
 bench-against: setup ## what attacks cost a neighbour, beside the driftd of another revision (REV=..., as root)
 	@test -n "$(REV)" || { echo "which revision? make bench-against REV=..." >&2; exit 1; }
 	$(call build-older,$(REV),$(OLDER))
-	DRIFTD_BENCH_AGAINST=$(OLDER)/driftd DRIFTD_BENCH_AGAINST_NAME=$(name) \
+	DRIFTD_BENCH_AGAINST=$(OLDER)/driftd DRIFTD_BENCH_AGAINST_NAME="$(name)" \
 		$(CARGO) bench --locked $(AS_ROOT) --bench hostile
 
 # libFuzzer needs compiler flags that a stable compiler takes only with RUSTC_BOOTSTRAP=1.
