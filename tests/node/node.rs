@@ -360,7 +360,21 @@ settle = "1s"
 {more}
 "#
         );
-        fs::write(self.path("driftd.toml"), text)?;
+        let file = self.path("driftd.toml");
+        fs::write(&file, &text)?;
+        let program = driftd_program();
+        if program == Path::new(env!("CARGO_BIN_EXE_driftd")) {
+            return Ok(());
+        }
+        // An older build, in a bench, may not know what came later.
+        let check =
+            Command::new(program).args(["run", "--check", "--config"]).arg(&file).output()?;
+        if check.status.code() == Some(64) {
+            let is_newer = |line: &&str| !policy.contains(line) && !line.starts_with("docker_");
+            let older: Vec<&str> =
+                text.lines().filter(|line| line.is_empty() || is_newer(line)).collect();
+            fs::write(&file, older.join("\n"))?;
+        }
         Ok(())
     }
 
