@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::outbox::Outbox;
-use super::questions::{Questions, Taken as Question, Waits};
+use super::questions::{Question, Questions, Waits};
 use super::reads::{Part, Read, Reads};
 use super::shards::{CopyUps, Shards};
 use super::wire::{
@@ -337,11 +337,10 @@ impl<'groups> Process<'groups> {
             Ok(stat) if !self.roots.hold(stat) => whereabouts(event.pid),
             Ok(_) | Err(_) => None,
         };
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
         let asked = Asked {
             pid: event.pid,
             at: perf::now(),
-            time: time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec),
+            time: wall_clock(),
             stat,
             whereabouts,
             calm,
@@ -402,7 +401,7 @@ impl<'groups> Process<'groups> {
         let Some(process) = Stat::parse(read_stat(thread, &mut process)) else {
             return allow(permission).map(drop);
         };
-        let read = Read::of(&process, &stat, range);
+        let read = Read::of(&process, part);
         match self.reads.decision(&read) {
             Some(Answer::Allow) => {
                 self.reads.let_through(part);
@@ -414,11 +413,10 @@ impl<'groups> Process<'groups> {
         let Waits::Under(container, number) = self.questions.turn_of(container, true) else {
             return self.read_undecided(permission).map(drop);
         };
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
         let asked = Asked {
             pid: thread,
             at: perf::now(),
-            time: time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec),
+            time: wall_clock(),
             stat: Ok(stat),
             whereabouts,
             calm: None,
@@ -678,6 +676,12 @@ fn answer(permission: Permission<'_>, with: Answer) -> io::Result<Event> {
         Err(err) if err.raw_os_error() != Some(libc::ENOENT) => Err(err),
         Ok(()) | Err(_) => Ok(event),
     }
+}
+
+/// In nanoseconds since 1970.
+fn wall_clock() -> i64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
 }
 
 /// The process's `/proc/PID/stat`; empty if it cannot be read.

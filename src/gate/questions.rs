@@ -64,8 +64,8 @@ struct Waiting<'groups> {
     since: Instant,
 }
 
-/// A question that is answered now.
-pub(super) struct Taken<'groups> {
+/// A question of the kernel.
+pub(super) struct Question<'groups> {
     pub(super) permission: Permission<'groups>,
     /// A thread reads a guarded file; otherwise a program is executed.
     pub(super) is_read: bool,
@@ -151,9 +151,9 @@ impl<'groups> Questions<'groups> {
         &mut self,
         (container, number): (u64, u64),
         file: Option<&Stat>,
-        taken: Taken<'groups>,
+        question: Question<'groups>,
     ) {
-        let Taken { permission, is_read } = taken;
+        let Question { permission, is_read } = question;
         // Files of layers on other filesystems have other devices, which are not forgotten with
         // the container.
         let file = file.filter(|stat| stat.device == container).map(File::of);
@@ -166,7 +166,7 @@ impl<'groups> Questions<'groups> {
 
     /// Takes a question that waits; `None` if it was answered. With `is_unchanged`, its file is
     /// not asked about again until it changes.
-    pub(super) fn take(&mut self, number: u64, is_unchanged: bool) -> Option<Taken<'groups>> {
+    pub(super) fn take(&mut self, number: u64, is_unchanged: bool) -> Option<Question<'groups>> {
         let Waiting { container, file, permission, is_read, .. } = self.waiting.remove(&number)?;
         if let Some(container) = self.containers.get_mut(&container) {
             let waiting = container.waiting(is_read);
@@ -178,7 +178,7 @@ impl<'groups> Questions<'groups> {
                 self.known.insert(file);
             }
         }
-        Some(Taken { permission, is_read })
+        Some(Question { permission, is_read })
     }
 
     /// How long until the oldest has waited too long.
@@ -188,7 +188,7 @@ impl<'groups> Questions<'groups> {
     }
 
     /// The oldest, if it has waited too long.
-    pub(super) fn take_late(&mut self) -> Option<(u64, Taken<'groups>)> {
+    pub(super) fn take_late(&mut self) -> Option<(u64, Question<'groups>)> {
         let (_, oldest) = self.waiting.first_key_value()?;
         if oldest.since.elapsed() < self.patience() {
             return None;
@@ -197,10 +197,10 @@ impl<'groups> Questions<'groups> {
     }
 
     /// The oldest, however long it has waited.
-    pub(super) fn take_first(&mut self) -> Option<(u64, Taken<'groups>)> {
+    pub(super) fn take_first(&mut self) -> Option<(u64, Question<'groups>)> {
         let (number, _) = self.waiting.first_key_value()?;
         let number = *number;
-        self.take(number, false).map(|taken| (number, taken))
+        self.take(number, false).map(|question| (number, question))
     }
 
     fn patience(&self) -> Duration {

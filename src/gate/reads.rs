@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::questions::File;
-use crate::model::ProcessIdentity;
 use crate::sys::fanotify::{Answer, Range};
 use crate::sys::file;
 use crate::sys::procfs::{ArgumentArea, Stat};
@@ -22,39 +21,34 @@ const INSTANT: Duration = Duration::from_millis(20);
 /// How many are remembered. Then all are forgotten, and asked about again.
 const MOST: usize = 4 * 1024;
 
-/// A thread that runs this program reads this file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Read {
-    thread: ProcessIdentity,
-    /// Another execve has another one.
-    program: ArgumentArea,
-    file: File,
-    /// Nothing but its header: what is decided about the rest does not count for it.
-    is_head: bool,
-}
-
-impl Read {
-    pub(super) fn of(stat: &Stat, file: &file::Stat, range: Option<Range>) -> Read {
-        Read {
-            thread: stat.identity,
-            program: stat.area,
-            file: File::of(file),
-            is_head: range.is_none_or(Range::is_head),
-        }
-    }
-}
-
 /// A thread reads a part of a file, whatever it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Part {
     thread: u32,
     file: File,
+    /// Nothing but its header: what is decided about the rest does not count for it.
     is_head: bool,
 }
 
 impl Part {
     pub(super) fn of(thread: u32, file: &file::Stat, range: Option<Range>) -> Part {
         Part { thread, file: File::of(file), is_head: range.is_none_or(Range::is_head) }
+    }
+}
+
+/// The same, by the program that the thread runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Read {
+    part: Part,
+    /// The thread's: its number is used again.
+    start_time: u64,
+    /// Another execve has another one.
+    program: ArgumentArea,
+}
+
+impl Read {
+    pub(super) fn of(stat: &Stat, part: Part) -> Read {
+        Read { part, start_time: stat.identity.start_time, program: stat.area }
     }
 }
 
@@ -100,7 +94,7 @@ impl Reads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{FileTime, FileType};
+    use crate::model::{FileTime, FileType, ProcessIdentity};
 
     fn file(inode: u64, changed: i64) -> file::Stat {
         let time = FileTime { seconds: changed, nanoseconds: 0 };
@@ -137,20 +131,23 @@ mod tests {
     fn a_decision_counts_for_this_program_and_this_content_alone() {
         let head = Some(Range { offset: 0, length: 4096 });
         let whole = Some(Range { offset: 0, length: 131_072 });
-        let read = Read::of(&process(7, 5), &file(3, 9), head);
+        let read_by = |pid: u32, arguments: u64, file: file::Stat, range| {
+            Read::of(&process(pid, arguments), Part::of(pid, &file, range))
+        };
+        let read = read_by(7, 5, file(3, 9), head);
         let mut reads = Reads::default();
         reads.asked(1, read);
         assert_eq!(reads.decision(&read), None);
         reads.answered(1, Some(Answer::Deny));
         assert_eq!(reads.decision(&read), Some(Answer::Deny));
         for other in [
-            Read::of(&process(8, 5), &file(3, 9), head),
+            read_by(8, 5, file(3, 9), head),
             // It has executed another program.
-            Read::of(&process(7, 6), &file(3, 9), head),
-            Read::of(&process(7, 5), &file(4, 9), head),
-            Read::of(&process(7, 5), &file(3, 10), head),
+            read_by(7, 6, file(3, 9), head),
+            read_by(7, 5, file(4, 9), head),
+            read_by(7, 5, file(3, 10), head),
             // To copy a library is not to load it.
-            Read::of(&process(7, 5), &file(3, 9), whole),
+            read_by(7, 5, file(3, 9), whole),
         ] {
             assert_eq!(reads.decision(&other), None, "{other:?}");
         }
@@ -159,7 +156,7 @@ mod tests {
     #[test]
     fn what_was_not_decided_is_asked_again_and_the_table_is_bounded() {
         let mut reads = Reads::default();
-        let read = |inode| Read::of(&process(7, 5), &file(inode, 9), None);
+        let read = |inode| Read::of(&process(7, 5), Part::of(7, &file(inode, 9), None));
         reads.asked(1, read(0));
         reads.answered(1, None);
         assert_eq!(reads.decision(&read(0)), None);

@@ -193,12 +193,8 @@ impl State {
             FileFact::Loaded { .. } => {
                 return self.emit_loaded(observation, fact, assessment, baseline, now, effects);
             }
-            FileFact::Interpreted { script, process, writer, .. } => {
-                let run = Evidence {
-                    process: Some(process),
-                    writer: writer.as_deref(),
-                    ..Evidence::default()
-                };
+            FileFact::Interpreted { script, .. } => {
+                let run = interpreted(fact).unwrap_or_default();
                 return self.emit_script(observation, &assessment, script, run, now, effects);
             }
             FileFact::Present { path, state, lower, writer, changed } => {
@@ -319,18 +315,12 @@ impl State {
     ) {
         let detail;
         let evidence = match script {
-            Script::File { path, filesystem, state, lower } => {
+            Script::File { path, state, .. } => {
                 let is_denied = observation.is_denied();
                 if !is_denied && self.is_reported_as_script(observation, path, state.blake3()) {
                     return;
                 }
-                Evidence {
-                    path: Some(path),
-                    filesystem: *filesystem,
-                    state: Some(state),
-                    lower: lower.as_ref(),
-                    ..run
-                }
+                run
             }
             Script::Pipe { from } => {
                 if self.is_piped_by_unpacked(observation, &run) {
@@ -406,25 +396,20 @@ impl State {
     }
 }
 
-/// The evidence of a script that an interpreter was given as a file.
-pub(super) fn script_file(fact: &FileFact) -> Option<Evidence<'_>> {
-    let FileFact::Interpreted {
-        script: Script::File { path, filesystem, state, lower },
-        process,
-        writer,
-        ..
-    } = fact
-    else {
-        return None;
-    };
-    Some(Evidence {
-        path: Some(path),
-        filesystem: *filesystem,
-        state: Some(state),
-        lower: lower.as_ref(),
-        process: Some(process),
-        writer: writer.as_deref(),
-        ..Evidence::default()
+/// The evidence of a script that an interpreter was given, and of its file if it has one.
+pub(super) fn interpreted(fact: &FileFact) -> Option<Evidence<'_>> {
+    let FileFact::Interpreted { script, process, writer, .. } = fact else { return None };
+    let (process, writer) = (Some(&**process), writer.as_deref());
+    let run = Evidence { process, writer, ..Evidence::default() };
+    Some(match script {
+        Script::File { path, filesystem, state, lower } => Evidence {
+            path: Some(path),
+            filesystem: *filesystem,
+            state: Some(state),
+            lower: lower.as_ref(),
+            ..run
+        },
+        Script::Pipe { .. } => run,
     })
 }
 

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::evidence::{Emission, Evidence};
 use super::findings::{new_finding, set_container};
-use super::judge::{executed, script_file, sensitive};
+use super::judge::{executed, interpreted, sensitive};
 use super::messages::Effect;
 use super::state::State;
 use crate::detect;
@@ -57,7 +57,7 @@ impl State {
             detect::assess(image, sensitive(&self.policy, entry, observation), fact);
         let evidence = match fact {
             FileFact::Loaded { .. } => self.loaded(observation, fact, &mut assessment, image),
-            FileFact::Interpreted { .. } => script_file(fact),
+            FileFact::Interpreted { .. } => interpreted(fact),
             _ => executed(fact),
         }?;
         let linker = self.linker_of(observation, &assessment, &evidence);

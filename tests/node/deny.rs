@@ -109,13 +109,18 @@ int main(int argc, char **argv)
 
 /// Puts one rule in force that denies what is run from these paths.
 fn deny(node: &Node, paths: &str) -> anyhow::Result<()> {
+    deny_where(node, &format!("kind = [\"exec.*\"]\npath = [{paths}]"))
+}
+
+/// The same by any conditions.
+fn deny_where(node: &Node, conditions: &str) -> anyhow::Result<()> {
     let directory = node.path("policy.d");
     fs::create_dir_all(&directory)?;
     fs::write(
         directory.join("10.toml"),
         format!(
             "[[rule]]\nid = \"no-drift\"\nreason = \"a test\"\neffect = \"report\"\n\
-             answer = [\"deny\"]\n[rule.match]\nkind = [\"exec.*\"]\npath = [{paths}]\n"
+             answer = [\"deny\"]\n[rule.match]\n{conditions}\n"
         ),
     )?;
     let reload = node.driftd(&["policy", "reload"])?;
@@ -227,14 +232,7 @@ fn rehearsed(node: &Node) -> anyhow::Result<()> {
 
 /// About a script on a tmpfs, and a program in memory, the kernel does not ask.
 fn killed(node: &Node) -> anyhow::Result<()> {
-    let directory = node.path("policy.d");
-    fs::create_dir_all(&directory)?;
-    fs::write(
-        directory.join("10.toml"),
-        "[[rule]]\nid = \"no-drift\"\nreason = \"a test\"\neffect = \"report\"\n\
-         answer = [\"deny\"]\n[rule.match]\nkind = [\"exec.fileless\", \"exec.interpreted\"]\n",
-    )?;
-    node.driftd(&["policy", "reload"])?;
+    deny_where(node, "kind = [\"exec.fileless\", \"exec.interpreted\"]")?;
     let container = node.container()?;
     container.wait_until_watched()?;
     container.lay_payload("x")?;
@@ -262,14 +260,7 @@ fn killed(node: &Node) -> anyhow::Result<()> {
 /// Scripts that are given to an interpreter, and libraries, are not executed: their reading is
 /// denied.
 fn not_read(node: &Node, times: u32) -> anyhow::Result<()> {
-    let directory = node.path("policy.d");
-    fs::create_dir_all(&directory)?;
-    fs::write(
-        directory.join("10.toml"),
-        "[[rule]]\nid = \"no-drift\"\nreason = \"a test\"\neffect = \"report\"\n\
-         answer = [\"deny\"]\n[rule.match]\nkind = [\"exec.*\", \"library.*\"]\n",
-    )?;
-    node.driftd(&["policy", "reload"])?;
+    deny_where(node, "kind = [\"exec.*\", \"library.*\"]")?;
     code::import(node)?;
     let container = node.container_of(code::IMAGE)?;
     container.wait_until_watched()?;
@@ -346,7 +337,7 @@ fn not_read(node: &Node, times: u32) -> anyhow::Result<()> {
     ensure!(node.losses("undecided")? == 0, "{:#}", node.status()?);
 
     // The rule ends, and it runs.
-    fs::remove_file(directory.join("10.toml"))?;
+    fs::remove_file(node.path("policy.d").join("10.toml"))?;
     node.driftd(&["policy", "reload"])?;
     wait_for("it to run", || {
         container.try_sh("sh /tmp/plain")?;

@@ -313,13 +313,13 @@ impl Walk {
                     Err(err) => self.note(format!("cannot open {child}: {err}")),
                 }
             }
-            Ok((_, stat)) => {
+            Ok((place, stat)) => {
                 let is_watched = self.extent != Extent::Stopped;
                 if is_watched && stat.is_regular() && layers.note_birth(&stat) {
                     let detail = format!("{child} looks older than the layer that holds it");
                     shared.lose(Failure::ClockSet, Some(&self.watched), &detail);
                 }
-                if is_watched && let Ok(place) = directory.open() {
+                if is_watched {
                     shared.guards.found(&self.watched, place.directory, name.to_bytes(), &stat);
                 }
                 self.entry(shared, layers, child, stat);
