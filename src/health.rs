@@ -339,7 +339,7 @@ impl Health {
 
     /// Executions that the gate has answered.
     pub fn gate_answers(&self) -> u64 {
-        self.in_pulse(Pulse::answers)
+        self.in_pulse(Pulse::answers) + self.in_pulse(Pulse::unchanged)
     }
 
     /// Files that the free gate has marked to be ignored.

@@ -46,6 +46,8 @@ enum Counter {
     Guarded,
     Unguarded,
     Unread,
+    Unchanged,
+    RuntimesUntil,
 }
 
 /// One of driftd's processes.
@@ -139,6 +141,17 @@ impl Pulse {
     /// Reads of guarded files that were allowed because no decision came.
     pub fn unread(&self) -> &AtomicU64 {
         self.counter(Counter::Unread)
+    }
+
+    /// Executions of unchanged files of images that were not handed to the daemon.
+    pub fn unchanged(&self) -> &AtomicU64 {
+        self.counter(Counter::Unchanged)
+    }
+
+    /// Until when a runtime may be on its way into a container, by the clock of the kernel's
+    /// records, in nanoseconds.
+    pub fn runtimes_until(&self) -> &AtomicU64 {
+        self.counter(Counter::RuntimesUntil)
     }
 
     /// Held runtimes that the gate had to let run before the daemon requested it.

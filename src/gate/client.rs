@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::unchanged::File;
 use super::wire::{
     self, Asked, Calm, Decided, Decision, Enforced, Hello, MAX_PACKET, Message, Place, Reply,
     Request,
@@ -233,6 +234,18 @@ impl Marks {
     /// Executions in the container with this device wait no more.
     pub fn enforce_no_more(&self, device: u64) -> io::Result<()> {
         self.request(&Request::EnforceNoMore { device }, &[])
+    }
+
+    /// Hands on no more executions of a file of an image until it changes. Never waits; if the
+    /// channel is full, the next execution is handed on as well.
+    pub fn is_unchanged(&self, file: File, ignorable_from: Option<u64>) {
+        let _ = self.request(&Request::Unchanged { file, ignorable_from }, &[]);
+    }
+
+    /// When this returns, the executions of all files are handed on again in the container with
+    /// this device.
+    pub fn forget_unchanged(&self, device: u64) -> io::Result<()> {
+        self.request(&Request::ForgetUnchanged { device }, &[])
     }
 
     /// From now on the kernel asks before this file is read, and the reading waits for a

@@ -23,6 +23,9 @@
 //! The same happens before a file is read that rules may deny as code: a script, or a library
 //! (`reads`). The kernel asks only about the files that the daemon has guarded.
 //!
+//! An unchanged file of an image is answered and not handed on, once the daemon has named it
+//! (`unchanged`): the daemon would learn nothing that the kernel's records do not show.
+//!
 //! `client` is the daemon's side, `process` the gate itself, `wire` the packets between them,
 //! and `shards` the free gate.
 
@@ -31,9 +34,13 @@ mod outbox;
 mod process;
 mod questions;
 mod reads;
+mod roots;
+mod runtimes;
 mod shards;
+mod unchanged;
 mod wire;
 
 pub use self::client::{Decisions, Error, Event, Events, Gate, Marks, Stopper, THIS_PROGRAM};
 pub use self::process::run;
+pub use self::unchanged::{File, Unchanged};
 pub use self::wire::{Asked, Calm, Decision, Enforced, Place, Undecided};

@@ -2,9 +2,8 @@
 //! executions to the daemon. It must never wait for a container, a disk or the daemon.
 
 use std::cell::OnceCell;
-use std::collections::HashSet;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,11 +15,15 @@ use rustix::io::Errno;
 use super::outbox::Outbox;
 use super::questions::{Question, Questions, Waits};
 use super::reads::{Part, Read, Reads};
+use super::roots::Roots;
+use super::runtimes::{Held, Runtimes};
 use super::shards::{CopyUps, Shards};
+use super::unchanged::Unchanged;
 use super::wire::{
-    self, Asked, Decided, Decision, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply, Request,
+    self, Asked, Calm, Decided, Decision, Hello, MAX_CGROUP, MAX_PACKET, Message, Place, Reply,
+    Request,
 };
-use crate::model::programs::{may_be_runtime, may_be_shim};
+use crate::model::programs::{comes_in, may_be_shim};
 use crate::pulse::{self, PATIENCE, Pulse, Silence, TURN};
 use crate::sys::channel::{Channel, Packet, close_inherited};
 use crate::sys::fanotify::{Answer, Buffer, Event, Group, Incoming, Permission, ReadError};
@@ -40,10 +43,6 @@ const MAX_PENDING: usize = 4 * 1024;
 
 /// Descriptors for everything else.
 const OTHER_DESCRIPTORS: u64 = 512;
-
-/// How long a runtime may be held, and how many at a time.
-const HELD_FOR: Duration = Duration::from_millis(500);
-const MAX_HELD: usize = 256;
 
 /// How many requests are carried out before the groups are read again.
 const REQUESTS_IN_A_ROW: usize = 64;
@@ -92,9 +91,8 @@ pub fn run() -> anyhow::Result<()> {
         pulse: &pulse,
         copy_ups: CopyUps::new(groups.groups.len()),
         roots: Roots::default(),
-        runtimes: Vec::new(),
-        held: Vec::new(),
-        held_so_far: 0,
+        runtimes: Runtimes::default(),
+        unchanged: Unchanged::default(),
         questions: Questions::default(),
         reads: Reads::default(),
         outbox: Outbox::new(executions, max_pending),
@@ -153,11 +151,13 @@ enum Ended {
     DaemonGone,
 }
 
-/// A runtime that waits until its container is marked.
-struct Held<'groups> {
-    number: u64,
-    permission: Permission<'groups>,
-    since: Instant,
+/// What can be read: each group is read only then, so that an answer costs few system calls.
+struct Ready(Vec<RawFd>);
+
+impl Ready {
+    fn has(&self, one: &impl AsFd) -> bool {
+        self.0.contains(&one.as_fd().as_raw_fd())
+    }
 }
 
 struct Process<'groups> {
@@ -171,10 +171,8 @@ struct Process<'groups> {
     pulse: &'groups Pulse,
     copy_ups: CopyUps,
     roots: Roots,
-    /// Device and inode of the host's container runtimes, if they are to be held.
-    runtimes: Vec<(u64, u64)>,
-    held: Vec<Held<'groups>>,
-    held_so_far: u64,
+    runtimes: Runtimes<'groups>,
+    unchanged: Unchanged,
     questions: Questions<'groups>,
     reads: Reads,
     outbox: Outbox,
@@ -192,26 +190,32 @@ impl<'groups> Process<'groups> {
         let mut buffer = Buffer::new();
         let groups = self.groups;
         loop {
-            self.wait();
+            let ready = self.wait();
             self.pulse.beat(pulse::Part::Gate);
             // What waits was asked first.
-            self.take_decisions()?;
+            if ready.has(&self.outbox.channel) {
+                self.take_decisions()?;
+            }
             self.answer_late()?;
             // Ends of copy-ups before executions: they only allow ignore marks again.
-            if let Some(closes) = &groups.closes {
+            if let Some(closes) = groups.closes.as_ref().filter(|group| ready.has(*group)) {
                 self.read(closes, &mut buffer, Process::closed)?;
             }
-            self.read(self.plain, &mut buffer, Process::asked_plainly)?;
-            if let Some(read_gate) = self.read_gate.get() {
+            if ready.has(self.plain) {
+                self.read(self.plain, &mut buffer, Process::asked_plainly)?;
+            }
+            if let Some(read_gate) = self.read_gate.get().filter(|group| ready.has(*group)) {
                 self.read(read_gate, &mut buffer, Process::reads)?;
             }
-            for (shard, group) in (1..).zip(&groups.copy_ups) {
+            for (shard, group) in (1..).zip(&groups.copy_ups).filter(|(_, group)| ready.has(*group))
+            {
                 self.read(group, &mut buffer, |this, incoming| this.copies_up(incoming, shard))?;
             }
-            for (shard, group) in (0..).zip(&groups.groups) {
+            for (shard, group) in (0..).zip(&groups.groups).filter(|(_, group)| ready.has(*group)) {
                 self.read(group, &mut buffer, |this, incoming| this.asked(incoming, Some(shard)))?;
             }
-            for _ in 0..REQUESTS_IN_A_ROW {
+            let requests = if ready.has(self.requests) { REQUESTS_IN_A_ROW } else { 0 };
+            for _ in 0..requests {
                 match self.take_request()? {
                     Some(Taken::Done) => (),
                     Some(Taken::Close) => return self.close(&mut buffer),
@@ -234,7 +238,8 @@ impl<'groups> Process<'groups> {
         }
     }
 
-    fn wait(&self) {
+    /// Waits until there is something to read, and returns what.
+    fn wait(&self) -> Ready {
         let Shards { groups, copy_ups, closes } = self.groups;
         let groups = [self.plain].into_iter().chain(groups).chain(copy_ups).chain(closes);
         let groups = groups.chain(self.read_gate.get());
@@ -244,11 +249,13 @@ impl<'groups> Process<'groups> {
         let is_full = !self.outbox.is_empty();
         let wanted = if is_full { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
         fds.push(PollFd::from_borrowed_fd(self.outbox.channel.as_fd(), wanted));
-        let late = self.held.iter().map(|held| HELD_FOR.saturating_sub(held.since.elapsed()));
-        let timeout = late.chain(self.questions.due_in()).min().unwrap_or(TURN).min(TURN);
+        let late = self.runtimes.due_in().into_iter().chain(self.questions.due_in());
+        let timeout = late.min().unwrap_or(TURN).min(TURN);
         let timeout = Timespec::try_from(timeout).expect("a quarter of a second fits");
         // An error here (a signal) only ends the wait early.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let ready = fds.iter().filter(|fd| !(fd.revents() - PollFlags::OUT).is_empty());
+        Ready(ready.map(|fd| fd.as_fd().as_raw_fd()).collect())
     }
 
     /// Reads a group and handles each event. An error ends the process, and then the kernel
@@ -295,7 +302,7 @@ impl<'groups> Process<'groups> {
         if permission.event().mask & libc::FAN_OPEN_EXEC_PERM == 0 {
             return self.copies_up(Incoming::Permission(permission), 0);
         }
-        if self.is_runtime(permission.event()) {
+        if self.runtimes.are_of(permission.event()) {
             return self.hold(permission);
         }
         self.asked(Incoming::Permission(permission), None)
@@ -323,6 +330,13 @@ impl<'groups> Process<'groups> {
         let calm = shard.and_then(|shard| self.copy_ups.calm(shard));
         // Only what the kernel has already: no server of a filesystem is asked.
         let stat = file::stat(&event.file).map_err(|err| err.raw_os_error().unwrap_or(libc::EIO));
+        // The daemon learns of it by the kernel's records, at once or a moment later.
+        let unchanged = stat.as_ref().ok().filter(|stat| self.unchanged.holds(stat));
+        if let Some(stat) = unchanged
+            && !self.may_come_in()
+        {
+            return self.allow_unchanged(permission, stat, calm);
+        }
         // Reads `/proc` before the answer, because only now the process certainly exists.
         // This file takes no lock that the container could hold (no cred_guard_mutex, no
         // mmap_lock, unlike most files next to it).
@@ -330,9 +344,15 @@ impl<'groups> Process<'groups> {
         let process = read_stat(event.pid, &mut process);
         // A process can end before the daemon reads it, and only a handle shows how it ended:
         // kept for a runtime on its way in, and for all processes once a session was opened.
-        let is_coming_in = comm(process).is_some_and(may_be_runtime);
+        let is_coming_in = comm(process).is_some_and(comes_in);
+        if let Some(stat) = unchanged
+            && !is_coming_in
+        {
+            return self.allow_unchanged(permission, stat, calm);
+        }
+        let is_unchanged = unchanged.is_some();
         let is_wanted = is_coming_in || self.pulse.handles().load(Ordering::Relaxed) != 0;
-        let handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
+        let mut handle = if is_wanted { pidfd::open(event.pid).ok() } else { None };
         let whereabouts = match &stat {
             Ok(stat) if !self.roots.hold(stat) => whereabouts(event.pid),
             Ok(_) | Err(_) => None,
@@ -347,22 +367,18 @@ impl<'groups> Process<'groups> {
             waits: None,
         };
         let file = asked.stat.as_ref().ok();
-        let is_undecided = match self.questions.of(file, asked.whereabouts.as_ref()) {
-            Waits::No => false,
-            Waits::NoRoom => true,
+        let waits = match is_unchanged {
+            false => self.questions.of(file, asked.whereabouts.as_ref()),
+            true => Waits::No,
+        };
+        let (permission, asked, is_undecided) = match waits {
+            Waits::No => (permission, asked, false),
+            Waits::NoRoom => (permission, asked, true),
             Waits::Under(container, number) => {
-                // The kernel needs the event's own descriptor for the answer.
-                match permission.event().file.try_clone() {
-                    Ok(file) if self.outbox.has_room() => {
-                        let stat = asked.stat.ok();
-                        let asked = Asked { waits: Some(number), ..asked };
-                        let message = Message::Executed { asked, process };
-                        self.outbox.hand_on(&message, Some(file), handle, self.pulse);
-                        let question = Question { permission, is_read: false };
-                        self.questions.wait((container, number), stat.as_ref(), question);
-                        return Ok(());
-                    }
-                    Ok(_) | Err(_) => true,
+                let turn = (container, number);
+                match self.keep(permission, asked, process, &mut handle, turn) {
+                    Some((permission, asked)) => (permission, asked, true),
+                    None => return Ok(()),
                 }
             }
         };
@@ -377,7 +393,54 @@ impl<'groups> Process<'groups> {
         Ok(())
     }
 
+    /// Whether a process may come into a container now. The daemon should see such a process
+    /// while it lives.
+    fn may_come_in(&self) -> bool {
+        let until = self.pulse.runtimes_until().load(Ordering::Relaxed);
+        until != 0 && perf::now() < until
+    }
+
+    fn allow_unchanged(
+        &self,
+        permission: Permission<'groups>,
+        stat: &file::Stat,
+        calm: Option<Calm>,
+    ) -> io::Result<()> {
+        // Counted first, so that no program runs before it is counted.
+        self.pulse.unchanged().fetch_add(1, Ordering::SeqCst);
+        let event = allow(permission)?;
+        if let Some(calm) = calm
+            && self.unchanged.are_ignorable(stat.device, perf::now)
+        {
+            self.copy_ups.ignore(self.groups, self.pulse, calm, event.file.as_fd());
+        }
+        Ok(())
+    }
+
     // ---- executions and reads that wait for a decision
+
+    /// Keeps the kernel's question about an execution until it is decided. Returns it if there
+    /// is no room.
+    fn keep(
+        &mut self,
+        permission: Permission<'groups>,
+        asked: Asked,
+        process: &[u8],
+        handle: &mut Option<OwnedFd>,
+        (container, number): (u64, u64),
+    ) -> Option<(Permission<'groups>, Asked)> {
+        // The kernel needs the event's own descriptor for the answer.
+        let file = permission.event().file.try_clone();
+        let (Ok(file), true) = (file, self.outbox.has_room()) else {
+            return Some((permission, asked));
+        };
+        let asked = Asked { waits: Some(number), ..asked };
+        let message = Message::Executed { asked, process };
+        self.outbox.hand_on(&message, Some(file), handle.take(), self.pulse);
+        let question = Question { permission, is_read: false };
+        self.questions.wait((container, number), question);
+        None
+    }
 
     /// A thread is about to read a guarded file.
     fn reads(&mut self, incoming: Incoming<'groups>) -> io::Result<()> {
@@ -428,7 +491,7 @@ impl<'groups> Process<'groups> {
         };
         self.outbox.hand_on(&Message::Reads { asked, range }, Some(file), None, self.pulse);
         self.reads.asked(number, read);
-        self.questions.wait((container, number), None, Question { permission, is_read: true });
+        self.questions.wait((container, number), Question { permission, is_read: true });
         Ok(())
     }
 
@@ -461,11 +524,10 @@ impl<'groups> Process<'groups> {
             // An end of this channel shows in the other one, too.
             let Ok(packet) = self.outbox.channel.try_receive(&mut buffer) else { break };
             let Decided { number, decision } = wire::decode(packet.bytes)?;
-            let is_unchanged = decision == Decision::AllowUnchanged;
             // It may have been answered because it waited too long.
-            let Some(question) = self.questions.take(number, is_unchanged) else { continue };
+            let Some(question) = self.questions.take(number) else { continue };
             let answer = match decision {
-                Decision::Allow | Decision::AllowUnchanged => Some(Answer::Allow),
+                Decision::Allow => Some(Answer::Allow),
                 Decision::Deny => Some(Answer::Deny),
                 Decision::None => None,
             };
@@ -519,15 +581,6 @@ impl<'groups> Process<'groups> {
         answer(permission, Answer::Deny)
     }
 
-    /// Whether the file of an event is one of the host's runtimes.
-    fn is_runtime(&self, event: &Event) -> bool {
-        if self.runtimes.is_empty() {
-            return false;
-        }
-        let Ok(stat) = file::stat(&event.file) else { return false };
-        self.runtimes.contains(&(stat.device, stat.inode))
-    }
-
     /// Holds a runtime if a shim executes it, by the shim's name. The daemon checks more.
     fn hold(&mut self, permission: Permission<'groups>) -> io::Result<()> {
         let mut process = [0; MAX_STAT];
@@ -535,21 +588,20 @@ impl<'groups> Process<'groups> {
         if !comm(process).is_some_and(may_be_shim) {
             return allow(permission).map(drop);
         }
-        self.held_so_far += 1;
-        let number = self.held_so_far;
+        let number = self.runtimes.next_number();
         let message = Message::Runtime { number, process };
-        if self.held.len() >= MAX_HELD || !self.outbox.hand_on(&message, None, None, self.pulse) {
+        let has_room = self.runtimes.has_room();
+        if !has_room || !self.outbox.hand_on(&message, None, None, self.pulse) {
             self.pulse.late().fetch_add(1, Ordering::Relaxed);
             return allow(permission).map(drop);
         }
-        self.held.push(Held { number, permission, since: Instant::now() });
+        self.runtimes.hold(Held { number, permission, since: Instant::now() });
         Ok(())
     }
 
     fn release_late(&mut self) {
-        let is_late = |held: &mut Held<'_>| held.since.elapsed() >= HELD_FOR;
         // They are allowed when they are dropped.
-        let late = self.held.extract_if(.., is_late).count();
+        let late = self.runtimes.take_late().count();
         self.pulse.late().fetch_add(late as u64, Ordering::Relaxed);
     }
 
@@ -594,7 +646,10 @@ impl<'groups> Process<'groups> {
                     Place::Shard(shard) => groups.groups.get(usize::from(shard)),
                 };
                 let group = group.ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
-                self.roots.insert(&file::stat(first()?)?);
+                let root = file::stat(first()?)?;
+                // The number may have been another container's.
+                self.unchanged.forget(root.device);
+                self.roots.insert(&root);
                 group.mark_filesystem_of(first()?.as_fd(), MASK)
             }
             Request::MarkFilesystem => {
@@ -608,10 +663,7 @@ impl<'groups> Process<'groups> {
             Request::MarkRuntime => {
                 let runtime = first()?;
                 let stat = file::stat(runtime)?;
-                let runtime_file = (stat.device, stat.inode);
-                if !self.runtimes.contains(&runtime_file) {
-                    self.runtimes.push(runtime_file);
-                }
+                self.runtimes.add(&stat);
                 plain.mark_file(runtime.as_fd(), MASK)
             }
             Request::Meet { shard } => self.copy_ups.meet(plain, groups, shard, first()?),
@@ -622,13 +674,21 @@ impl<'groups> Process<'groups> {
                 Ok(())
             }
             Request::Release { number } => {
-                if let Some(at) = self.held.iter().position(|held| held.number == number) {
-                    allow(self.held.swap_remove(at).permission)?;
+                if let Some(held) = self.runtimes.take(number) {
+                    allow(held.permission)?;
                 }
                 Ok(())
             }
             Request::Enforce(enforced) => {
                 self.questions.enforce(enforced);
+                Ok(())
+            }
+            Request::Unchanged { file, ignorable_from } => {
+                self.unchanged.add(file, ignorable_from);
+                Ok(())
+            }
+            Request::ForgetUnchanged { device } => {
+                self.unchanged.forget(device);
                 Ok(())
             }
             Request::Guard => {
@@ -698,35 +758,6 @@ fn whereabouts(pid: u32) -> Option<Whereabouts> {
     let mut whereabouts = Handle::open(pid).ok()?.whereabouts();
     whereabouts.cgroup = whereabouts.cgroup.filter(|cgroup| cgroup.len() <= MAX_CGROUP);
     Some(whereabouts)
-}
-
-/// The containers' own overlays: a file on one of them shows its container.
-#[derive(Debug, Default)]
-struct Roots {
-    devices: HashSet<u64>,
-    /// If an overlay's layers are on several filesystems, its files have other devices than
-    /// its root. Then the mount identifies it.
-    mounts: HashSet<u64>,
-}
-
-impl Roots {
-    fn insert(&mut self, root: &file::Stat) {
-        self.devices.insert(root.device);
-        self.mounts.extend(root.mount);
-    }
-
-    /// The kernel uses both numbers again after the end of a container.
-    fn remove(&mut self, other: &file::Stat) {
-        self.devices.remove(&other.device);
-        if let Some(mount) = other.mount {
-            self.mounts.remove(&mount);
-        }
-    }
-
-    fn hold(&self, file: &file::Stat) -> bool {
-        self.devices.contains(&file.device)
-            || file.mount.is_some_and(|mount| self.mounts.contains(&mount))
-    }
 }
 
 /// The name of a process, from its `/proc/PID/stat`.

@@ -1,13 +1,12 @@
-//! The executions and reads that wait for a decision: in which containers they wait, for how
-//! long, and what is allowed without a decision because it is known to be the image's own.
+//! The executions and reads that wait for a decision: in which containers they wait, and for how
+//! long.
 //!
 //! Only tables: nothing here reads, opens or answers anything. `process` answers.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use super::wire::{Enforced, Undecided};
-use crate::model::FileTime;
 use crate::sys::fanotify::Permission;
 use crate::sys::file::Stat;
 use crate::sys::procfs::Whereabouts;
@@ -15,9 +14,6 @@ use crate::sys::procfs::Whereabouts;
 /// How many executions may wait, in all and of one container. Each keeps a descriptor.
 const MAX_WAITING: usize = 1024;
 const MAX_OF_ONE: usize = 64;
-
-/// How many unchanged files of images are known. Then they are forgotten, and asked about again.
-const MAX_KNOWN: usize = 16 * 1024;
 
 /// Whether an execution waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +31,6 @@ pub(super) struct Questions<'groups> {
     containers: HashMap<u64, Container>,
     /// The devices of the same containers, by mount.
     mounts: HashMap<u64, u64>,
-    /// Unchanged files of images.
-    known: HashSet<File>,
     /// By number, so the oldest is first.
     waiting: BTreeMap<u64, Waiting<'groups>>,
     asked_so_far: u64,
@@ -58,9 +52,7 @@ impl Container {
 
 struct Waiting<'groups> {
     container: u64,
-    file: Option<File>,
-    permission: Permission<'groups>,
-    is_read: bool,
+    question: Question<'groups>,
     since: Instant,
 }
 
@@ -69,14 +61,6 @@ pub(super) struct Question<'groups> {
     pub(super) permission: Permission<'groups>,
     /// A thread reads a guarded file; otherwise a program is executed.
     pub(super) is_read: bool,
-}
-
-/// A file as it is now. Its times change when it is copied up, and a container cannot set them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct File {
-    device: u64,
-    inode: u64,
-    changed: FileTime,
 }
 
 impl<'groups> Questions<'groups> {
@@ -89,7 +73,7 @@ impl<'groups> Questions<'groups> {
         // With those that wait since before: the number is the same container's.
         let of_it = |one: &&Waiting<'_>| one.container == enforced.device;
         let (reads, others): (Vec<_>, Vec<_>) =
-            self.waiting.values().filter(of_it).partition(|one| one.is_read);
+            self.waiting.values().filter(of_it).partition(|one| one.question.is_read);
         let (reads, waiting) = (reads.len(), others.len());
         self.containers.insert(enforced.device, Container { enforced, waiting, reads });
     }
@@ -100,8 +84,6 @@ impl<'groups> Questions<'groups> {
         if let Some(mount) = known.and_then(|container| container.enforced.mount) {
             self.mounts.remove(&mount);
         }
-        // The kernel uses the number again.
-        self.known.retain(|file| file.device != device);
     }
 
     /// Whether an execution waits. `whereabouts` are those of its process, if the file is on no
@@ -113,9 +95,6 @@ impl<'groups> Questions<'groups> {
         }
         let Some(stat) = file else { return Waits::No };
         let Some(device) = self.container_of(stat, whereabouts) else { return Waits::No };
-        if self.known.contains(&File::of(stat)) {
-            return Waits::No;
-        }
         self.turn_of(device, false)
     }
 
@@ -147,38 +126,22 @@ impl<'groups> Questions<'groups> {
         by_mount.copied().or_else(|| self.reader(whereabouts?))
     }
 
-    pub(super) fn wait(
-        &mut self,
-        (container, number): (u64, u64),
-        file: Option<&Stat>,
-        question: Question<'groups>,
-    ) {
-        let Question { permission, is_read } = question;
-        // Files of layers on other filesystems have other devices, which are not forgotten with
-        // the container.
-        let file = file.filter(|stat| stat.device == container).map(File::of);
+    pub(super) fn wait(&mut self, (container, number): (u64, u64), question: Question<'groups>) {
         if let Some(container) = self.containers.get_mut(&container) {
-            *container.waiting(is_read) += 1;
+            *container.waiting(question.is_read) += 1;
         }
         let since = Instant::now();
-        self.waiting.insert(number, Waiting { container, file, permission, is_read, since });
+        self.waiting.insert(number, Waiting { container, question, since });
     }
 
-    /// Takes a question that waits; `None` if it was answered. With `is_unchanged`, its file is
-    /// not asked about again until it changes.
-    pub(super) fn take(&mut self, number: u64, is_unchanged: bool) -> Option<Question<'groups>> {
-        let Waiting { container, file, permission, is_read, .. } = self.waiting.remove(&number)?;
+    /// Takes a question that waits; `None` if it was answered.
+    pub(super) fn take(&mut self, number: u64) -> Option<Question<'groups>> {
+        let Waiting { container, question, .. } = self.waiting.remove(&number)?;
         if let Some(container) = self.containers.get_mut(&container) {
-            let waiting = container.waiting(is_read);
+            let waiting = container.waiting(question.is_read);
             *waiting = waiting.saturating_sub(1);
-            if let Some(file) = file.filter(|_| is_unchanged) {
-                if self.known.len() >= MAX_KNOWN {
-                    self.known.clear();
-                }
-                self.known.insert(file);
-            }
         }
-        Some(Question { permission, is_read })
+        Some(question)
     }
 
     /// How long until the oldest has waited too long.
@@ -200,7 +163,7 @@ impl<'groups> Questions<'groups> {
     pub(super) fn take_first(&mut self) -> Option<(u64, Question<'groups>)> {
         let (number, _) = self.waiting.first_key_value()?;
         let number = *number;
-        self.take(number, false).map(|question| (number, question))
+        self.take(number).map(|question| (number, question))
     }
 
     fn patience(&self) -> Duration {
@@ -210,12 +173,6 @@ impl<'groups> Questions<'groups> {
     /// Whether an execution without a decision is denied.
     pub(super) fn denies_undecided(&self) -> bool {
         self.undecided.is_some_and(|undecided| undecided.deny)
-    }
-}
-
-impl File {
-    pub(super) fn of(stat: &Stat) -> File {
-        File { device: stat.device, inode: stat.inode, changed: stat.changed }
     }
 }
 
@@ -237,7 +194,7 @@ impl Enforced {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::FileType;
+    use crate::model::{FileTime, FileType};
 
     fn enforced(device: u64) -> Enforced {
         Enforced {
@@ -301,18 +258,5 @@ mod tests {
         questions.enforce_no_more(1);
         assert!(!waits(&mut questions, &stat(1, 1), None));
         assert!(questions.mounts.is_empty());
-    }
-
-    #[test]
-    fn a_container_that_is_enforced_anew_forgets_what_was_known_of_another_with_its_number() {
-        let mut questions = Questions::default();
-        questions.enforce(enforced(1));
-        questions.known.insert(File::of(&stat(1, 1)));
-        assert_eq!(questions.of(Some(&stat(1, 1)), None), Waits::No);
-        let mut changed = stat(1, 1);
-        changed.changed.nanoseconds += 1;
-        assert!(matches!(questions.of(Some(&changed), None), Waits::Under(1, _)));
-        questions.enforce(enforced(1));
-        assert!(matches!(questions.of(Some(&stat(1, 1)), None), Waits::Under(1, _)));
     }
 }

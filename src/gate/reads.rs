@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::questions::File;
+use super::unchanged::File;
 use crate::sys::fanotify::{Answer, Range};
 use crate::sys::file;
 use crate::sys::procfs::{ArgumentArea, Stat};

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::unchanged::File;
 use crate::sys::fanotify::Range;
 use crate::sys::file::Stat;
 use crate::sys::procfs::Whereabouts;
@@ -58,8 +59,6 @@ pub struct Undecided {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Decision {
     Allow,
-    /// The file is the image's own: allow it now, and until it changes.
-    AllowUnchanged,
     Deny,
     /// No decision is possible: it is answered as one that comes too late.
     None,
@@ -97,6 +96,11 @@ pub(super) enum Request {
     Enforce(Enforced),
     /// Executions in the container with this device wait no more.
     EnforceNoMore { device: u64 },
+    /// Hand on no more executions of this file until it changes, and have the kernel ask no more
+    /// about it from this time on, by the clock of its records. Has no reply.
+    Unchanged { file: File, ignorable_from: Option<u64> },
+    /// Hand on the executions of all files again of the container with this device.
+    ForgetUnchanged { device: u64 },
     /// Ask before this file is read: a descriptor of it, on the filesystem below the overlay.
     /// Has no reply.
     Guard,
@@ -106,7 +110,23 @@ pub(super) enum Request {
 
 impl Request {
     pub(super) fn is_replied_to(&self) -> bool {
-        !matches!(self, Request::Ignore(_) | Request::Release { .. } | Request::Guard)
+        match self {
+            Request::Ignore(_)
+            | Request::Release { .. }
+            | Request::Unchanged { .. }
+            | Request::Guard => false,
+            Request::MarkRoot(_)
+            | Request::MarkFilesystem
+            | Request::MarkMount
+            | Request::MarkRuntime
+            | Request::Meet { .. }
+            | Request::Leave { .. }
+            | Request::Forget { .. }
+            | Request::Enforce(_)
+            | Request::EnforceNoMore { .. }
+            | Request::ForgetUnchanged { .. }
+            | Request::Close => true,
+        }
     }
 }
 

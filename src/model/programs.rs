@@ -4,8 +4,8 @@
 //! from a name, and what else has to hold. This file reads no files and judges nothing.
 
 use Role::{
-    Accounts, Archiver, Guard, Installer, InstallerIf, InstallerScript, InstallerScriptIf,
-    Launcher, Linker, MultiCall, Runs, RunsInstallers, Runtime, Shell, Tool,
+    Accounts, Archiver, Entrance, Guard, Installer, InstallerIf, InstallerScript,
+    InstallerScriptIf, Launcher, Linker, MultiCall, Runs, RunsInstallers, Runtime, Shell, Tool,
 };
 
 /// The language of an interpreter's scripts.
@@ -57,6 +57,8 @@ enum Role {
     Archiver,
     /// It starts containers.
     Runtime,
+    /// It enters the namespaces or the root of a container.
+    Entrance,
     /// It changes users and groups.
     Accounts,
 }
@@ -96,6 +98,7 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("chef-client", &[InstallerScript]),
     ("chef-solo", &[InstallerScript]),
     ("chpasswd", &[Accounts]),
+    ("chroot", &[Entrance]),
     ("cinc-client", &[InstallerScript]),
     ("clamdscan", &[Guard]),
     ("clamscan", &[Guard]),
@@ -162,6 +165,7 @@ const PROGRAMS: &[(&str, &[Role])] = &[
     ("node", &[Runs(Language::Node), Launcher, RunsInstallers]),
     ("nodejs", &[Runs(Language::Node), RunsInstallers]),
     ("npm", &[InstallerScriptIf(&["add", "ci", "i", "in", "install", "remove", "uninstall", "update"])]),
+    ("nsenter", &[Entrance]),
     ("opkg", &[Installer]),
     ("original-awk", &[Runs(Language::Awk)]),
     ("osqueryd", &[Guard]),
@@ -344,6 +348,17 @@ pub fn runtimes() -> impl Iterator<Item = &'static str> {
 pub fn may_be_runtime(comm: &[u8]) -> bool {
     // crun and youki keep their own name until they become the container's program.
     comm.starts_with(b"runc:[") || comm == b"crun" || comm.starts_with(b"youki")
+}
+
+/// Whether a process with this command name may be on its way into a container: a runtime, or a
+/// tool that enters namespaces. Any process can take the name.
+pub fn comes_in(comm: &[u8]) -> bool {
+    may_be_runtime(comm) || is_entrance(comm)
+}
+
+/// Whether a program of this name enters the namespaces of a container.
+pub fn is_entrance(name: &[u8]) -> bool {
+    has(name, Entrance)
 }
 
 /// Whether a process with this command name may be one of containerd's shims, which start

@@ -51,6 +51,7 @@ use self::control::{arm, commands};
 use self::core::copyup::Free;
 use self::core::fair;
 use self::core::shared::{Core, STOP_GRACE};
+use self::core::unchanged::Unchanged;
 use self::exec::described::Described;
 use self::exec::gate::Arrivals;
 use self::exec::questions::{self, Asking};
@@ -197,6 +198,10 @@ impl Watch {
             decisions: events.decisions(),
             gate_turns: Arc::default(),
         };
+        shared.set_unchanged(match settings.gate {
+            config::Gate::Ask | config::Gate::Free => Unchanged::InGate(gate_marks.clone()),
+            config::Gate::Notify => Unchanged::Here(Mutex::default()),
+        });
         shared.set_stages(queues.stages());
         let asked = Arc::downgrade(&files);
         let backlogs = move || asked.upgrade().map(|files| files.backlogs()).unwrap_or_default();

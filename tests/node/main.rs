@@ -8,6 +8,7 @@
 mod aggregation;
 mod answers;
 mod budget;
+mod calls;
 mod chaos;
 mod check;
 mod checkpoint;
@@ -116,6 +117,7 @@ fn main() -> ExitCode {
         life::tests(),
         door::tests(),
         budget::tests(),
+        calls::tests(),
         owners::tests(),
         groups::tests(),
         hooks::tests(),

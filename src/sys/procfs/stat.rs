@@ -39,6 +39,13 @@ pub struct Stat {
 }
 
 impl Stat {
+    /// The fields of a process that has ended, and of which nothing else is known.
+    pub fn of_ended(identity: ProcessIdentity, parent: u32) -> Stat {
+        let area = ArgumentArea { arguments: (0, 0), environment: (0, 0) };
+        let (comm, state) = (Box::default(), b'X');
+        Stat { identity, comm, state, parent, session: 0, tty_nr: 0, area }
+    }
+
     pub fn parse(text: &[u8]) -> Option<Stat> {
         // The name can have spaces and parentheses: it ends at the last parenthesis.
         let open = text.iter().position(|&byte| byte == b'(')?;

@@ -528,7 +528,7 @@ fn report_shell(shared: &Files, check: &mut Check, direct: bool, evidence: Strin
     // What it runs from now on is activity over the connection, and so of a session.
     shared.note_session(&check.watched);
     if shared.observe(&check.watched, check.at, Source::Trace, fact)
-        && shared.roots().open(&check.watched.container, root)
+        && shared.open_root(&check.watched, root)
     {
         let watched = check.watched.clone();
         let event = Event::Opened { watched, root, is_interactive: true, process: None };

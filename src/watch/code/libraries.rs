@@ -23,7 +23,7 @@ use crossbeam_channel::TrySendError;
 use jiff::{SignedDuration, Timestamp};
 
 use super::inspect::{self, Code, Upper};
-use super::scripts;
+use super::scripts::{self, Runs};
 use super::started::Started;
 use crate::health::Failure;
 use crate::model::{
@@ -37,6 +37,7 @@ use crate::watch::core::fair::{self, Owned, Receiver, Sender};
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
 use crate::watch::files::shared::Files;
+use crate::watch::process::arguments::Recorded;
 use crate::watch::process::records::TraceConsumer;
 use crate::watch::process::shared::Processes;
 use crate::watch::process::{attribution, describe, reach};
@@ -133,6 +134,27 @@ fn timestamp(time: u64) -> Timestamp {
     now.checked_sub(SignedDuration::from_nanos(ago)).unwrap_or(now)
 }
 
+/// How long the thread of the records does not rest after an interpreter was given a script.
+const AWAKE: Duration = Duration::from_secs(1);
+
+/// What an interpreter runs, by its recorded arguments. `None` if these do not show it;
+/// `Some(None)` if the program is no interpreter.
+fn recorded_runs(
+    shared: &Processes,
+    pid: u32,
+    executed: u64,
+    program: &[u8],
+) -> Option<Option<Runs>> {
+    let Recorded::Arguments(arguments) = shared.arguments().of(pid, executed, executed) else {
+        return None;
+    };
+    let arguments = procfs::split_arguments(&arguments)?;
+    // A multi-call program may have any name.
+    let interpreter = scripts::interpreter(program, &arguments)
+        .or_else(|| scripts::interpreter(b"busybox", &arguments));
+    Some(interpreter.map(|(language, rest)| scripts::runs(language, rest)))
+}
+
 impl TraceConsumer for Tracing {
     fn executed(
         &mut self,
@@ -153,6 +175,15 @@ impl TraceConsumer for Tracing {
             };
         if !may_interpret {
             return;
+        }
+        let name = program.file.as_deref().unwrap_or(file_name);
+        match recorded_runs(shared, *pid, *time, name) {
+            Some(None) => return,
+            Some(Some(Runs::Inline)) => (),
+            // It may end soon, and only the process leads to its script.
+            None | Some(Some(Runs::File(_) | Runs::Input)) => {
+                shared.rest_of_trace.stay_awake(AWAKE);
+            }
         }
         let started = Started {
             watched: watched.clone(),

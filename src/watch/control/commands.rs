@@ -54,7 +54,7 @@ impl Control {
                     if let Some(watched) = self.shared.table.get(&container) {
                         watched.layer_files_mut().set_trust(trust);
                         watched.ask_for_processes();
-                        marker::forget(&watched);
+                        marker::forget(&self.shared, &watched);
                     }
                 }
                 Ok(SensorCommand::EntryPoint { container, paths }) => {
@@ -85,7 +85,9 @@ impl Control {
                         watched.layer_files_mut().judge(&file, verdict);
                         match verdict {
                             Verdict::Image => (),
-                            Verdict::Drift | Verdict::Lost => marker::forget(&watched),
+                            Verdict::Drift | Verdict::Lost => {
+                                marker::forget(&self.shared, &watched);
+                            }
                         }
                     }
                 }

@@ -23,6 +23,7 @@ use crate::sys::{file, overlay};
 use crate::watch::core::copyup::{Free, Residence};
 use crate::watch::core::layers::Layers;
 use crate::watch::core::message::SensorEvent;
+use crate::watch::core::shared::Core;
 use crate::watch::core::watched::{ControlGroups, Watched};
 use crate::watch::files::shared::Files;
 use crate::watch::files::work::ScanRequest;
@@ -217,6 +218,7 @@ impl Marker {
         let is_its = |it: Arc<Watched>| Arc::ptr_eq(&it, &watched);
         if self.shared.table.by_device(watched.device).is_none_or(is_its) {
             let _ = self.marks.enforce_no_more(watched.device);
+            self.shared.forget_unchanged(&watched);
         }
         self.mounts.detach(&watched);
         if let Err(err) = self.orders.try_send(ScanRequest::Last { watched }) {
@@ -273,8 +275,9 @@ pub(crate) fn is_from_outside(init: &Handle, watched: &Watched) -> bool {
 }
 
 /// Forgets which of the image's files are unchanged: the gate is asked about all of them
-/// again.
-pub(crate) fn forget(watched: &Watched) {
+/// again, and hands them on.
+pub(crate) fn forget(shared: &Core, watched: &Watched) {
+    shared.forget_unchanged(watched);
     if let Some(residence) = watched.residence() {
         residence.forget();
     }

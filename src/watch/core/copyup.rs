@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::gate::{Marks, Place};
 use crate::sys::procfs::{self, Handle};
-use crate::sys::{file, overlay};
+use crate::sys::{file, overlay, perf};
 
 /// The begin of a copy-up is not seen if it was before the marks. In a container that runs
 /// already, nothing is ignored until such a copy-up must be over.
@@ -133,6 +133,12 @@ impl Residence {
     /// Whether every copy-up that began unseen must be over.
     pub(crate) fn has_settled(&self) -> bool {
         self.free_from <= Instant::now()
+    }
+
+    /// When every copy-up that began unseen must be over, by the clock of the kernel's records.
+    pub(crate) fn ignorable_from(&self) -> u64 {
+        let left = self.free_from.saturating_duration_since(Instant::now());
+        perf::now().saturating_add(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX))
     }
 
     /// When this returns, every program is asked about again.

@@ -16,7 +16,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::fair::{self, Owned, Pace, Waits};
 use super::message::SensorEvent;
+use super::rest::Rest;
 use super::table::Table;
+use super::unchanged::Unchanged;
 use super::watched::Watched;
 use crate::config;
 use crate::health::{Failure, Health};
@@ -45,11 +47,13 @@ pub(crate) struct Core {
     /// Bounds the processor time of reading and scanning, for all containers together.
     pace: Mutex<Pace>,
     wake_scan: Sender<()>,
+    unchanged: OnceLock<Unchanged>,
     stopped_at: OnceLock<Instant>,
     /// Items that threads had taken from their queues and had no time to report.
     unreported: AtomicU64,
     /// Readable as soon as the watchers must stop.
     end: OwnedFd,
+    pub(crate) rest_of_trace: Rest,
     pub(crate) arming: Arming,
     /// Since when containers are watched, in the clock ticks of process start times.
     began: u64,
@@ -94,9 +98,11 @@ impl Core {
             stages: OnceLock::new(),
             pace: Mutex::new(Pace::new(PART, BURST, Instant::now())),
             wake_scan,
+            unchanged: OnceLock::new(),
             stopped_at: OnceLock::new(),
             unreported: AtomicU64::new(0),
             end,
+            rest_of_trace: Rest::new()?,
             arming: Arming::default(),
             began: procfs::ticks_since_boot(),
         })
@@ -182,6 +188,22 @@ impl Core {
 
     fn pace(&self) -> MutexGuard<'_, Pace> {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_unchanged(&self, unchanged: Unchanged) {
+        let _ = self.unchanged.set(unchanged);
+    }
+
+    /// The unchanged files of images. `None` until the gate is there.
+    pub(crate) fn unchanged(&self) -> Option<&Unchanged> {
+        self.unchanged.get()
+    }
+
+    /// When this returns, each execution in a container is handed on again.
+    pub(crate) fn forget_unchanged(&self, watched: &Watched) {
+        if let Some(unchanged) = self.unchanged() {
+            unchanged.forget(watched.device);
+        }
     }
 
     /// A session was opened in a container.

@@ -230,7 +230,10 @@ fn proven(shared: &Exec, execution: Described) -> Option<Described> {
         // An open file keeps its mount busy.
         drop(held.take());
     }
-    unproven.wait(request, execution).err()
+    let execution = unproven.wait(request, execution).err();
+    drop(unproven);
+    shared.rest_of_trace.hurry();
+    execution
 }
 
 /// Reports executions whose records are not read in time, and has the files of those

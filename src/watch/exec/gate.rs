@@ -34,7 +34,7 @@ use super::questions::{Asking, New, NewRead, Stage};
 use super::repeats::{self, Repeats};
 use super::shared::Exec;
 use super::take;
-use crate::gate::{self, Asked, Calm, Decision, Decisions, Events, Marks};
+use crate::gate::{self, Asked, Calm, Decision, Decisions, Events, File, Marks};
 use crate::health::Failure;
 use crate::model::{Fact, FileFact, Filesystem, Observation};
 use crate::pulse::{Pulse, TURN};
@@ -372,11 +372,17 @@ impl Arrivals {
     /// A program has been opened for execution, and its process has not waited for an
     /// answer.
     fn notified(&self, event: Event) {
+        let file = file::stat(&event.file);
+        let is_known = |stat| self.shared.unchanged().is_some_and(|files| files.holds(stat));
+        if file.as_ref().is_ok_and(is_known) {
+            self.pulse.unchanged().fetch_add(1, Ordering::Relaxed);
+            return;
+        }
         let stat = procfs::read_stat(event.pid).ok();
         let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
         let at = Timestamp::now();
         self.pulse.answers().fetch_add(1, Ordering::Relaxed);
-        match file::stat(&event.file) {
+        match file {
             Ok(stat) => {
                 let Event { file, .. } = event;
                 let (whereabouts, calm) = (None, None);
@@ -420,7 +426,6 @@ impl Arrivals {
             Standing::Own => (None, false),
             Standing::Doubtful(layer_file) => (Some(layer_file), false),
             Standing::Movable(layer_file) => (Some(layer_file), true),
-            Standing::Image if watched.is_certain(stat) => return Err(Decision::AllowUnchanged),
             Standing::Image => return Err(Decision::Allow),
         };
         // A process that is not visible here is in no container, or is gone.
@@ -449,13 +454,43 @@ impl Arrivals {
         if caller.pidfd.is_none() && watched.has_sessions() {
             caller.pidfd = pidfd::open(caller.pid).ok();
         }
-        match self.processes.try_send(Box::new(Seen { watched, caller, at, program: None })) {
+        match self.processes.try_send(Box::new(Seen {
+            watched,
+            caller,
+            at,
+            born: None,
+            program: None,
+        })) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(seen)) => self.shared.lose(
                 Failure::ProcessQueueFull,
                 Some(&seen.watched),
                 "too many processes wait to be examined",
             ),
+        }
+    }
+
+    /// Has further executions of an unchanged file not handed on: nothing would be learned from
+    /// them that the kernel's records do not show.
+    fn leave_out(&self, watched: &Watched, stat: &file::Stat) {
+        let shared = &self.shared;
+        let Some(unchanged) = shared.unchanged() else { return };
+        let may_be_left_out = || {
+            shared.shows_arrivals()
+                && watched.is_certain(stat)
+                && !watched.is_detaching()
+                && !(watched.has_sessions()
+                    && shared.roots().has_open(&watched.container, watched.init))
+        };
+        if stat.device != watched.device || !may_be_left_out() {
+            return;
+        }
+        let ignorable_from = watched.residence().map(Residence::ignorable_from);
+        unchanged.add(File::of(stat), ignorable_from);
+        // Another thread may have changed that meanwhile, and have forgotten all files before
+        // this one was added.
+        if !may_be_left_out() {
+            unchanged.forget(watched.device);
         }
     }
 
@@ -487,6 +522,7 @@ impl Arrivals {
                     self.marks.ignore(calm, file.as_fd());
                 }
                 drop(file);
+                self.leave_out(&watched, &stat);
                 return self.hand_on_process(watched, caller, at);
             }
         };

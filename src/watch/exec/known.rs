@@ -13,6 +13,8 @@ use crate::watch::core::watched::Watched;
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     pub(crate) parent: Option<u32>,
+    /// When it was born, by the clock of the records.
+    pub(crate) born: Option<u64>,
     pub(crate) watched: Option<Arc<Watched>>,
     /// It certainly belongs to that container: it or an ancestor has become a program of the
     /// container while it was in the container. A runtime on its way in has not.

@@ -23,7 +23,7 @@ use crate::watch::core::fair::{self, Receiver, Sender};
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
 use crate::watch::process::describe::{self, Caller};
-use crate::watch::process::records::TraceConsumer;
+use crate::watch::process::records::{self, Born, TraceConsumer};
 use crate::watch::process::seen::Seen;
 use crate::watch::process::shared::Processes;
 use crate::watch::process::{attribution, membership, outside};
@@ -91,7 +91,13 @@ fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) {
 fn judge_running(shared: &Exec, seen: &Seen) {
     shared.openings().open_gone(shared, seen.caller.pid);
     let handle = Handle::open(seen.caller.pid).ok();
+    let open_recorded = || {
+        if let (Some(born), Some(asked)) = (seen.born, seen.caller.asked) {
+            shared.openings().open_recorded(shared, (born, asked), &seen.watched, seen.at);
+        }
+    };
     let Some(handle) = handle.filter(|handle| !handle.first_stat().has_ended()) else {
+        open_recorded();
         if let Some(program) = &seen.program {
             shared.packages().has_run(shared, &seen.watched, seen.caller.pid, program);
         }
@@ -121,6 +127,12 @@ fn judge_running(shared: &Exec, seen: &Seen) {
         process.argv = asked_for.map(|asked| asked.argv).or(process.argv);
         let opened = Opened { process, pidfd: None, by_runtime: root.by_runtime() };
         sessions.report(shared, &seen.watched, seen.at, Source::Trace, opened);
+    } else {
+        drop(sessions);
+        if handle.stat().map_or(true, |stat| stat.has_ended()) {
+            // Perhaps it ended before it could be judged.
+            open_recorded();
+        }
     }
 }
 
@@ -137,10 +149,17 @@ impl Entries {
 }
 
 impl TraceConsumer for Entries {
-    fn entered(&mut self, shared: &Processes, watched: &Arc<Watched>, executed: &Executed) {
-        let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
-        let at = Timestamp::now();
-        let seen = Seen { watched: watched.clone(), caller, at, program: None };
+    fn entered(
+        &mut self,
+        shared: &Processes,
+        watched: &Arc<Watched>,
+        executed: &Executed,
+        born: Option<Born>,
+    ) {
+        let Executed { pid, time, .. } = *executed;
+        let caller = Caller { stat: None, pid, asked: Some(time), pidfd: None };
+        let at = records::time_of(time);
+        let seen = Seen { watched: watched.clone(), caller, at, born, program: None };
         match self.processes.try_send(Box::new(seen)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => (),
             Err(TrySendError::Full(seen)) => shared.lose(

@@ -42,7 +42,7 @@ use crate::watch::core::message::SensorEvent;
 use crate::watch::core::watched::Watched;
 use crate::watch::process::attribution::{self, Attribution};
 use crate::watch::process::outside;
-use crate::watch::process::records::{self, TraceConsumer};
+use crate::watch::process::records::{self, Born, TraceConsumer};
 use crate::watch::process::roots::Arrived;
 use crate::watch::sessions::runtimes;
 
@@ -56,11 +56,19 @@ const SETTLE: Duration = Duration::from_millis(1);
 /// How soon the rings are read again after they held records: the mappings of a new program
 /// do not wake this thread, and the program may end right after them.
 const SOON: Duration = Duration::from_millis(5);
+/// How long the thread rests after records, so that a container that executes all the time does
+/// not wake it for each program. What the gate did not see may end meanwhile: then the thread
+/// stays awake for a while, as it does when another thread waits for records.
+const PACE: Duration = Duration::from_millis(2);
+const AWAKE: Duration = Duration::from_secs(1);
 /// How often the thread checks whether processors have come or gone.
 const CHECK_PROCESSORS: Duration = Duration::from_secs(1);
 /// For how long a process that has ended is remembered: its first thread can end,
 /// and then another of its threads can become a program under its pid.
 const REMEMBERED: u64 = 1_000_000_000;
+/// How long a runtime takes at most on its way into a container, in nanoseconds. If it takes
+/// longer, its process is seen by the kernel's records alone.
+const ENTERS_WITHIN: u64 = 5_000_000_000;
 /// More processes than this are not remembered.
 const MAX_PROCESSES: usize = 64 * 1024;
 
@@ -80,6 +88,8 @@ pub(crate) struct Trace {
     /// For a file mapped from an overlay the kernel reports the overlay's own device. Before
     /// 6.18 it may report the device of the file below.
     reports_overlays: bool,
+    /// The records name control groups.
+    has_cgroups: bool,
     /// Executions of containers in this turn whose arguments were not recorded.
     without_arguments: u64,
 }
@@ -143,6 +153,7 @@ impl Trace {
             memfd_device: file::memfd_device().ok(),
             host_device: file::stat_path("/").ok().map(|root| root.device),
             reports_overlays: false,
+            has_cgroups: false,
             without_arguments: 0,
         }
     }
@@ -157,21 +168,30 @@ impl Trace {
     }
 
     fn read_rings(&mut self, mut rings: Rings) {
+        self.has_cgroups = rings.layout().cgroup;
         let mut records = Vec::new();
         let mut last_check = Instant::now();
-        let mut is_busy = false;
+        // Turns without records since the last one with some.
+        let mut quiet = 0_u32;
         let mut is_last = false;
         let mut lost_arguments = rings.lost_arguments();
         while !is_last {
             // Events from before a stop are still reported.
             is_last = self.shared.is_stopping();
-            let turn = match (records.is_empty(), is_busy) {
-                _ if is_last => Duration::ZERO,
-                (false, _) => SETTLE,
-                (true, true) => SOON,
-                (true, false) => TURN,
-            };
-            let has_gone = threads::idle(|| rings.wait(turn));
+            let rest = &self.shared.rest_of_trace;
+            let may_rest = rest.may_rest();
+            let has_gone = threads::idle(|| match (records.is_empty(), quiet) {
+                _ if is_last => rings.wait(Duration::ZERO),
+                (is_empty, 0) if may_rest => {
+                    rest.rest(if is_empty { PACE } else { SETTLE });
+                    // The kernel's note that there is something to read is used up: the next
+                    // wait is for what comes later.
+                    rings.wait(Duration::ZERO)
+                }
+                (false, _) => rings.wait(SETTLE),
+                (true, 0 | 1) => rings.wait(SOON),
+                (true, _) => rings.wait(TURN),
+            });
             if has_gone || last_check.elapsed() >= CHECK_PROCESSORS {
                 last_check = Instant::now();
                 match rings.follow_processors() {
@@ -194,7 +214,7 @@ impl Trace {
             let lost_before = std::mem::replace(&mut lost_arguments, rings.lost_arguments());
             records.sort_by_key(Record::time);
             let complete = records.partition_point(|record| record.time() <= horizon);
-            is_busy = complete > 0;
+            quiet = if complete > 0 { 0 } else { quiet.saturating_add(1) };
             for record in records.drain(..complete) {
                 threads::beat();
                 self.take(record);
@@ -239,6 +259,9 @@ impl Trace {
         self.hand_on_proven(unproven);
         self.consumers.iter_mut().for_each(|consumer| consumer.lost());
         self.shared.lose(Failure::TraceLost, None, detail);
+        // Among the lost records may be that of a runtime.
+        self.something_enters(now);
+        self.shared.rest_of_trace.stay_awake(AWAKE);
     }
 
     fn end_turn(&mut self, now: u64) {
@@ -346,10 +369,17 @@ impl Trace {
             // An entry under this pid belongs to an earlier process.
             self.shared.births().forget(pid);
         }
-        let parent = Some(parent);
+        let (parent, born) = (Some(parent), Some(time));
         let is_made_outside = !is_resident && is_outside;
-        let known =
-            Known { parent, watched, is_resident, is_made_outside, program, ..Known::default() };
+        let known = Known {
+            parent,
+            born,
+            watched,
+            is_resident,
+            is_made_outside,
+            program,
+            ..Known::default()
+        };
         *self.known(pid) = known;
     }
 
@@ -456,7 +486,9 @@ impl Trace {
         let Before { was_resident, is_made_outside, .. } = before;
         let table = &self.shared.table;
         let overlay = program.as_ref().and_then(|program| table.by_device(program.device));
-        self.reports_overlays |= overlay.is_some();
+        if overlay.is_some() && !std::mem::replace(&mut self.reports_overlays, true) {
+            self.shared.set_shows_arrivals(self.has_cgroups);
+        }
         let is_entry = overlay.as_ref().is_some_and(|overlay| {
             overlay.init.pid == executed.pid && !overlay.entry_is_recorded()
         });
@@ -501,6 +533,7 @@ impl Trace {
         known.was_looked_up = true;
         known.is_resident = is_resident;
         let Some(watched) = watched else {
+            self.note_entrance(executed);
             if runtimes::is_named_like_a_runtime(&executed.file_name) {
                 for consumer in &mut self.consumers {
                     consumer.runtime_invoked(&self.shared, executed.pid);
@@ -524,6 +557,23 @@ impl Trace {
             file_of: None,
         };
         self.hand_on_unseen(execution, file_of, Reported { is_reported, is_entry, is_overlays });
+    }
+
+    /// A program of the host may be about to enter a container. The gate then looks at each
+    /// process for a while.
+    fn note_entrance(&self, executed: &Executed) {
+        // A runtime executes itself by a descriptor.
+        let name = &executed.file_name;
+        if runtimes::may_enter(name) || records::descriptor(name).is_some() {
+            self.something_enters(executed.time);
+        }
+    }
+
+    fn something_enters(&self, time: u64) {
+        if let Some(pulse) = self.shared.health.pulse.get() {
+            let until = time.saturating_add(ENTERS_WITHIN);
+            pulse.runtimes_until().fetch_max(until, Ordering::Relaxed);
+        }
     }
 
     /// Notes that a process has come from outside, and returns whether it has.
@@ -576,12 +626,20 @@ impl Trace {
         let has_parent_inside = parent
             .and_then(|parent| self.processes.get(&parent))
             .is_some_and(|known| known.watched.is_some());
+        let has_entered = !has_parent_inside || has_arrived;
+        let born = if has_entered { self.birth_of(executed.pid) } else { None };
         for consumer in &mut self.consumers {
             consumer.executed(&self.shared, watched, executed, program);
-            if !has_parent_inside || has_arrived {
-                consumer.entered(&self.shared, watched, executed);
+            if has_entered {
+                consumer.entered(&self.shared, watched, executed, born);
             }
         }
+    }
+
+    fn birth_of(&self, pid: u32) -> Option<Born> {
+        let known = self.processes.get(&pid)?;
+        let start_time = records::ticks_of(known.born?);
+        Some(Born { identity: ProcessIdentity { pid, start_time }, parent: known.parent? })
     }
 
     /// Hands on an execution that the gate cannot have seen.
@@ -630,6 +688,8 @@ impl Trace {
     }
 
     fn hand_on(&self, mut unseen: Unseen) {
+        // It may end soon, and the next one too.
+        self.shared.rest_of_trace.stay_awake(AWAKE);
         // A container with few waiting files does not lose by another container's flood.
         let has_many = || self.unseen.len_of(&unseen.watched.container) >= FEW_FILES;
         if self.unseen.len() >= self.max_files && has_many() {

@@ -312,7 +312,8 @@ impl TraceConsumer for Descent {
         if str::from_utf8(name).is_ok_and(may_be_package_manager) {
             let caller = Caller { stat: None, pid: executed.pid, asked: None, pidfd: None };
             let (watched, program) = (watched.clone(), program.cloned());
-            let seen = Seen { watched, caller, at: Timestamp::now(), program };
+            let at = Timestamp::now();
+            let seen = Seen { watched, caller, at, born: None, program };
             if let Err(TrySendError::Full(dropped)) = self.processes.try_send(Box::new(seen)) {
                 shared.lose(
                     Failure::ProcessQueueFull,

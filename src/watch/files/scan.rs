@@ -110,6 +110,9 @@ impl Scan {
                     "the machine's clock was set: programs of running containers are judged by \
                      their content only"
                 );
+                for watched in self.shared.table.all() {
+                    self.shared.forget_unchanged(&watched);
+                }
             }
             let has_requests = self.take_requests();
             if has_requests || self.next_check <= Instant::now() {

@@ -318,6 +318,7 @@ impl Walk {
                 if is_watched && stat.is_regular() && layers.note_birth(&stat) {
                     let detail = format!("{child} looks older than the layer that holds it");
                     shared.lose(Failure::ClockSet, Some(&self.watched), &detail);
+                    shared.forget_unchanged(&self.watched);
                 }
                 if is_watched {
                     shared.guards.found(&self.watched, place.directory, name.to_bytes(), &stat);

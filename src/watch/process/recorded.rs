@@ -37,6 +37,7 @@ pub(crate) fn recorded_arguments(
         if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return None;
         }
+        shared.rest_of_trace.hurry();
         std::thread::sleep(STEP);
     }
 }
@@ -58,6 +59,7 @@ pub(crate) fn recorded_name(
         if name.is_some() || waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return name;
         }
+        shared.rest_of_trace.hurry();
         std::thread::sleep(STEP);
     }
 }
@@ -76,6 +78,7 @@ pub(crate) fn wait_for_records(
         if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
             return;
         }
+        shared.rest_of_trace.hurry();
         std::thread::sleep(STEP);
     }
 }

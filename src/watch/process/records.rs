@@ -9,6 +9,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::shared::Processes;
+use crate::model::ProcessIdentity;
 use crate::sys::perf::{self, Executed, Mapped};
 use crate::sys::procfs;
 use crate::watch::core::watched::Watched;
@@ -35,7 +36,8 @@ pub(crate) trait TraceConsumer: Send {
     fn runtime_invoked(&mut self, _: &Processes, _pid: u32) {}
 
     /// A process of a container has executed a program, and its creator is in no container.
-    fn entered(&mut self, _: &Processes, _: &Arc<Watched>, _: &Executed) {}
+    /// `born` is its birth, if that was recorded.
+    fn entered(&mut self, _: &Processes, _: &Arc<Watched>, _: &Executed, _born: Option<Born>) {}
 
     /// A process of a container has mapped code of a file after its execve was over. So the
     /// file is neither its program nor its dynamic linker.
@@ -50,6 +52,14 @@ pub(crate) trait TraceConsumer: Send {
 
     /// Records were lost: what is known of processes may be wrong.
     fn lost(&mut self) {}
+}
+
+/// A birth, by its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Born {
+    /// The start time may be a clock tick later than that in `/proc`.
+    pub(crate) identity: ProcessIdentity,
+    pub(crate) parent: u32,
 }
 
 /// The number of the descriptor that was given to execve instead of a name.

@@ -36,6 +36,8 @@ pub(crate) struct Roots {
     exits: HashMap<u32, u64>,
     /// By pid and time, oldest first; also those whose pid another process has had since.
     exits_in_order: VecDeque<(u32, u64)>,
+    /// How many living processes of each container's sessions are followed.
+    live: HashMap<ContainerId, usize>,
     /// Counts the sessions that were opened.
     opened: u64,
     /// Processes that were born in a session.
@@ -106,9 +108,11 @@ pub(crate) struct Arrival {
 }
 
 /// A process that was born in a session.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Member {
     session: ProcessIdentity,
+    /// `None` if its session was followed no more when it was born, or if it has ended.
+    lives_in: Option<ContainerId>,
     /// When the record of its birth was read, in clock ticks since boot.
     born: u64,
 }
@@ -159,6 +163,9 @@ impl Roots {
         let number = self.opened;
         let ended = self.exits.get(&identity.pid).copied();
         let has_ended = ended.is_some_and(|ended| ended >= identity.start_time);
+        if !has_ended {
+            *self.live.entry(container.clone()).or_default() += 1;
+        }
         let root = Root { container: container.clone(), identity, number, has_ended };
         self.roots.insert(identity, root);
         self.numbers.insert(identity.pid, identity);
@@ -166,7 +173,11 @@ impl Roots {
     }
 
     fn forget_root(&mut self, identity: ProcessIdentity) {
-        self.roots.remove(&identity);
+        if let Some(root) = self.roots.remove(&identity)
+            && !root.has_ended
+        {
+            ends(&mut self.live, &root.container);
+        }
         if self.numbers.get(&identity.pid) == Some(&identity) {
             self.numbers.remove(&identity.pid);
         }
@@ -178,10 +189,12 @@ impl Roots {
     pub(crate) fn reborn(&mut self, pid: u32, born: u64) {
         let is_older = |identity: &ProcessIdentity| identity.start_time + TICK < born;
         if self.numbers.get(&pid).is_some_and(is_older) {
+            // Its end may not have been recorded.
+            self.ends_as_root(pid);
             self.numbers.remove(&pid);
         }
         if self.members.get(&pid).is_some_and(|member| member.born + TICK < born) {
-            self.members.remove(&pid);
+            self.forget_member(pid);
         }
         self.exits.remove(&pid);
     }
@@ -260,6 +273,12 @@ impl Roots {
         self.opened += 1;
     }
 
+    /// Whether a session is open in a container: one of its processes lives, or its client is at
+    /// the terminal.
+    pub(crate) fn has_open(&self, container: &ContainerId, init: ProcessIdentity) -> bool {
+        self.live.contains_key(container) || self.at_terminal(init).is_some()
+    }
+
     /// The session that is at the terminal of a container's init.
     pub(crate) fn at_terminal(&self, init: ProcessIdentity) -> Option<Arrival> {
         let terminal = self.terminals.get(&init.pid)?;
@@ -284,12 +303,15 @@ impl Roots {
         let session = root.or_else(at_terminal).or_else(member);
         match session {
             Some(session) if self.members.len() < MAX_MEMBERS => {
-                self.members.insert(pid, Member { session, born });
+                self.forget_member(pid);
+                let lives_in = self.container_of(session);
+                if let Some(container) = &lives_in {
+                    *self.live.entry(container.clone()).or_default() += 1;
+                }
+                self.members.insert(pid, Member { session, lives_in, born });
             }
             // An earlier process with this pid has ended.
-            Some(_) | None => {
-                self.members.remove(&pid);
-            }
+            Some(_) | None => self.forget_member(pid),
         }
     }
 
@@ -304,12 +326,11 @@ impl Roots {
         {
             self.exits.remove(&oldest);
         }
-        if let Some(root) = self.numbers.get(&pid).and_then(|root| self.roots.get_mut(root)) {
-            root.has_ended = true;
-            let session = root.identity;
+        if let Some(session) = self.ends_as_root(pid) {
             self.left_terminal(session);
         }
         if self.members.contains_key(&pid) {
+            self.ends_as_member(pid);
             self.ended.push_back((now, pid));
         }
         while let Some((ended, pid)) = self.ended.front().copied()
@@ -318,16 +339,58 @@ impl Roots {
             self.ended.pop_front();
             // Another process may have the pid by now.
             if self.members.get(&pid).is_some_and(|member| member.born <= ended) {
-                self.members.remove(&pid);
+                self.forget_member(pid);
             }
         }
     }
 
+    /// The container of a session that is followed.
+    fn container_of(&self, session: ProcessIdentity) -> Option<ContainerId> {
+        let at_terminal = || {
+            let mut terminals = self.terminals.values();
+            let it = terminals.find(|terminal| terminal.arrival.session == session)?;
+            Some(it.container.clone())
+        };
+        self.roots.get(&session).map(|root| root.container.clone()).or_else(at_terminal)
+    }
+
+    /// The process was the first one of a session. Returns the session.
+    fn ends_as_root(&mut self, pid: u32) -> Option<ProcessIdentity> {
+        let root = self.roots.get_mut(self.numbers.get(&pid)?)?;
+        if !std::mem::replace(&mut root.has_ended, true) {
+            ends(&mut self.live, &root.container);
+        }
+        Some(root.identity)
+    }
+
+    fn ends_as_member(&mut self, pid: u32) {
+        let member = self.members.get_mut(&pid);
+        if let Some(container) = member.and_then(|member| member.lives_in.take()) {
+            ends(&mut self.live, &container);
+        }
+    }
+
+    fn forget_member(&mut self, pid: u32) {
+        self.ends_as_member(pid);
+        self.members.remove(&pid);
+    }
+
     pub(crate) fn forget(&mut self, container: &ContainerId) {
+        self.live.remove(container);
         self.roots.retain(|_, root| root.container != *container);
         self.numbers.retain(|_, identity| self.roots.contains_key(identity));
         self.terminals.retain(|_, terminal| terminal.container != *container);
         self.arrivals.retain(|arrived| arrived.container != *container);
+    }
+}
+
+/// A process of a session has ended, or is followed no more.
+fn ends(live: &mut HashMap<ContainerId, usize>, container: &ContainerId) {
+    if let Some(sessions) = live.get_mut(container) {
+        *sessions -= 1;
+        if *sessions == 0 {
+            live.remove(container);
+        }
     }
 }
 
@@ -360,6 +423,48 @@ mod tests {
         assert_eq!(roots.of(&other, &births, Named { pid: 5, read_at: 12 }), None);
         roots.forget(&container);
         assert_eq!(of(&roots, 5), None);
+    }
+
+    #[test]
+    fn a_session_is_open_until_its_first_process_ends_or_its_client_leaves() {
+        let (one, other) = (ContainerId::new("default", "c1"), ContainerId::new("default", "c2"));
+        let identity = |pid| ProcessIdentity { pid, start_time: 5 };
+        let init = identity(1);
+        let mut roots = Roots::default();
+        let is_open = |roots: &Roots| [&one, &other].map(|it| roots.has_open(it, init));
+        roots.open(&one, identity(2));
+        roots.open(&one, identity(3));
+        assert_eq!(is_open(&roots), [true, false]);
+        [2, 2, 9].into_iter().for_each(|pid| roots.ended(pid, 10));
+        assert_eq!(is_open(&roots), [true, false]);
+        // What it has left behind, and the child of that.
+        roots.born(7, 3, 10);
+        roots.born(8, 7, 11);
+        [3, 7].into_iter().for_each(|pid| roots.ended(pid, 12));
+        assert_eq!(is_open(&roots), [true, false]);
+        // Its end was not recorded.
+        roots.reborn(8, 500);
+        assert_eq!(is_open(&roots), [false, false]);
+        roots.open(&one, identity(3));
+        roots.open(&one, ProcessIdentity { pid: 5, start_time: 600 });
+        assert_eq!(is_open(&roots), [true, false]);
+        roots.reborn(5, 900);
+        assert_eq!(is_open(&roots), [false, false]);
+        // Its end was read before it was opened.
+        roots.ended(4, 10);
+        roots.open(&one, identity(4));
+        assert_eq!(is_open(&roots), [false, false]);
+        let arrival = Arrival { session: identity(6), at: Timestamp::UNIX_EPOCH, ticks: 5 };
+        roots.came_to_terminal(&one, init, arrival);
+        assert_eq!(is_open(&roots), [true, true], "the init decides");
+        roots.left_terminal(identity(6));
+        assert_eq!(is_open(&roots), [false, false]);
+        for pid in 100..100 + u32::try_from(MAX_ROOTS).unwrap() + 5 {
+            roots.open(&other, identity(pid));
+        }
+        assert_eq!(roots.live.get(&other), Some(&MAX_ROOTS), "the oldest are not followed");
+        roots.forget(&other);
+        assert_eq!(is_open(&roots), [false, false]);
     }
 
     #[test]

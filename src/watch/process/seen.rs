@@ -7,6 +7,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::describe::Caller;
+use super::records::Born;
 use crate::model::ContainerId;
 use crate::sys::perf::Mapped;
 use crate::watch::core::fair::Owned;
@@ -20,6 +21,8 @@ pub(crate) struct Seen {
     /// after that, and `stat` is `None`.
     pub(crate) caller: Caller,
     pub(crate) at: Timestamp,
+    /// Its birth, where only the kernel's records show the process.
+    pub(crate) born: Option<Born>,
     /// The program that the kernel has recorded, if it may be a package manager.
     pub(crate) program: Option<Mapped>,
 }

@@ -16,7 +16,7 @@ use super::arguments::{Arguments, Program, Recorded};
 use super::births::Births;
 use super::describe;
 use super::named::{Named, record_time_of};
-use super::roots::Roots;
+use super::roots::{Arrival, Roots};
 use crate::health::Failure;
 use crate::model::{
     Ancestor, ContainerId, Fact, FileFact, Observation, Process, ProcessIdentity, Source,
@@ -38,6 +38,7 @@ pub(crate) struct Processes {
     births: Mutex<Births>,
     records_executions: AtomicBool,
     records_arguments: AtomicBool,
+    shows_arrivals: AtomicBool,
 }
 
 impl Deref for Processes {
@@ -58,6 +59,7 @@ impl Processes {
             births: Mutex::default(),
             records_executions: AtomicBool::new(false),
             records_arguments: AtomicBool::new(false),
+            shows_arrivals: AtomicBool::new(false),
         }
     }
 
@@ -74,6 +76,16 @@ impl Processes {
 
     pub(crate) fn records_executions(&self) -> bool {
         self.records_executions.load(Ordering::Acquire)
+    }
+
+    /// The records show each process that comes into a container from outside: they name
+    /// overlays, and control groups too.
+    pub(crate) fn set_shows_arrivals(&self, shows: bool) {
+        self.shows_arrivals.store(shows, Ordering::Release);
+    }
+
+    pub(crate) fn shows_arrivals(&self) -> bool {
+        self.shows_arrivals.load(Ordering::Acquire)
     }
 
     /// The kernel records arguments for the daemon.
@@ -213,6 +225,20 @@ impl Processes {
 
     pub(crate) fn roots(&self) -> MutexGuard<'_, Roots> {
         self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows a session from now on; false if it is followed already.
+    pub(crate) fn open_root(&self, watched: &Watched, root: ProcessIdentity) -> bool {
+        let is_new = self.roots().open(&watched.container, root);
+        // What it executes is examined while it lives.
+        self.forget_unchanged(watched);
+        is_new
+    }
+
+    /// A client has attached to the terminal of a container's init.
+    pub(crate) fn came_to_terminal(&self, watched: &Watched, arrival: Arrival) {
+        self.roots().came_to_terminal(&watched.container, watched.init, arrival);
+        self.forget_unchanged(watched);
     }
 
     /// Sends session activity to the thread `sessions`, and never waits.

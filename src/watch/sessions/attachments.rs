@@ -65,11 +65,9 @@ fn client_opened_input(shared: &Files, named: &Named) {
     let fact = opened(root, process, host, client.login());
     shared.note_session(&watched);
     let at = Timestamp::now();
-    if shared.observe(&watched, at, Source::Change, fact)
-        && shared.roots().open(&watched.container, root)
-    {
+    if shared.observe(&watched, at, Source::Change, fact) && shared.open_root(&watched, root) {
         let arrival = Arrival { session: root, at, ticks: procfs::ticks_since_boot() };
-        shared.roots().came_to_terminal(&watched.container, watched.init, arrival);
+        shared.came_to_terminal(&watched, arrival);
         let owned = watched.clone();
         let event = Event::Opened { watched: owned, root, is_interactive: true, process: None };
         shared.note_activity(&watched, Activity::Event(event));

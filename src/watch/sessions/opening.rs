@@ -27,6 +27,7 @@ use crate::watch::core::watched::Watched;
 use crate::watch::files::state;
 use crate::watch::process::activity::{Activity, Event};
 use crate::watch::process::describe::{self, Caller, Executing};
+use crate::watch::process::records::Born;
 use crate::watch::process::{outside, recorded};
 
 /// Half of the number of processes that are remembered.
@@ -214,7 +215,7 @@ impl Openings {
         if identity == watched.init || identity.pid == watched.init.pid {
             return self.opens_as_init(shared, identity, watched).then_some(root);
         }
-        if self.judged.contains(identity) {
+        if self.is_judged(identity) {
             return None;
         }
         if self.has_parent_inside(caller) || shared.births().is_born_inside(identity) {
@@ -396,6 +397,28 @@ impl Openings {
         self.report_caller(shared, (&caller, stat), &watched, at, arrival, &|| true);
     }
 
+    /// Opens a session for a process that had ended when it was to be judged, and about which
+    /// the gate did not report: the kernel's records are all that is known of it.
+    pub(crate) fn open_recorded(
+        &mut self,
+        shared: &Sessions,
+        (born, asked): (Born, u64),
+        watched: &Arc<Watched>,
+        at: Timestamp,
+    ) {
+        let Born { identity, parent } = born;
+        let pid = identity.pid;
+        if pid == watched.init.pid || self.is_judged(identity) {
+            return;
+        }
+        let stat = Stat::of_ended(identity, parent);
+        let caller = Caller { stat: Some(stat.clone()), pid, asked: Some(asked), pidfd: None };
+        let Some(arrival) = Arrival::recorded(shared, &caller, watched) else { return };
+        self.judged.insert(identity);
+        self.inside.insert(identity);
+        self.report_caller(shared, (&caller, &stat), watched, at, arrival, &|| true);
+    }
+
     fn report_caller(
         &mut self,
         shared: &Sessions,
@@ -466,7 +489,7 @@ impl Openings {
         let fact = Fact::Session(SessionFact::Opened { opening: Arc::new(opening) });
         if shared.observe(watched, at, source, fact) {
             // After the opening, so that the session's activity is not reported before it.
-            shared.roots().open(&watched.container, root);
+            shared.open_root(watched, root);
             let owned = watched.clone();
             let event = Event::Opened { watched: owned, root, is_interactive, process: handle };
             shared.note_activity(watched, Activity::Event(event));
@@ -474,6 +497,14 @@ impl Openings {
             self.judged.remove(root);
             self.inits.remove(root);
         }
+    }
+
+    /// Whether a process was judged. The start time by its record may differ by a tick from that
+    /// in `/proc`, and no pid is used twice within two ticks.
+    fn is_judged(&mut self, identity: ProcessIdentity) -> bool {
+        let ProcessIdentity { pid, start_time } = identity;
+        let mut times = start_time.saturating_sub(1)..=start_time.saturating_add(1);
+        times.any(|start_time| self.judged.contains(ProcessIdentity { pid, start_time }))
     }
 
     fn has_parent_inside(&mut self, caller: &Stat) -> bool {
@@ -569,6 +600,7 @@ fn wait_for_makers(
     };
     while shared.records_executions() && !is_read() && began.elapsed() < PATIENCE && !others_wait()
     {
+        shared.rest_of_trace.hurry();
         std::thread::sleep(STEP);
     }
 }

@@ -32,6 +32,14 @@ pub(crate) fn is_named_like_a_runtime(file_name: &[u8]) -> bool {
     programs::is_runtime(name)
 }
 
+/// Whether a program of this name can enter a container: only a reason to look.
+pub(crate) fn may_enter(file_name: &[u8]) -> bool {
+    let name = file_name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+    // Also docker-runc, sysbox-runc and the like.
+    let has = |part: &[u8]| name.windows(part.len()).any(|window| window == part);
+    programs::is_runtime(name) || programs::is_entrance(name) || has(b"runc") || has(b"crun")
+}
+
 impl Runtimes {
     /// Whether a program in memory is the copy of a program of the host: of the program that
     /// its process or the parent ran before, or of an installed runtime.

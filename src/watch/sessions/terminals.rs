@@ -213,7 +213,7 @@ impl Terminal {
         if shared.observe(watched, typed.1, Source::Change, fact) {
             let at = typed.1.saturating_sub(LATE).unwrap_or(typed.1);
             let arrival = Arrival { session: root, at, ticks: now.saturating_sub(LATE_TICKS) };
-            shared.roots().came_to_terminal(&watched.container, watched.init, arrival);
+            shared.came_to_terminal(watched, arrival);
             self.session = Some(Session { root, typed });
         }
     }
