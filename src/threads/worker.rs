@@ -181,19 +181,24 @@ impl Worker {
         let taken = self.queue.as_ref().map(|queue| queue.taken.load(Ordering::Relaxed));
         let depth = self.queue.as_ref().map(|queue| (queue.depth)() as u64);
         let turns = self.turns.load(Ordering::Relaxed);
+        let is_to_move = match State::of(turns) {
+            State::Busy => true,
+            State::Blocked => false,
+            State::Idle => depth.is_some_and(|depth| depth > 0),
+        };
         Sample {
             id: self.id,
             name: self.name,
             role: self.role,
             turns,
             is_replaced: self.is_replaced.load(Ordering::Acquire),
-            is_starved: self.is_starved(turns, elapsed),
+            is_starved: is_to_move && self.is_starved(turns, elapsed),
             queue: depth.zip(taken),
         }
     }
 
     /// Whether it is ready to run and gets hardly any processor time. Reads `/proc` only for
-    /// a thread that made no progress.
+    /// a thread that should make progress and made none.
     pub(super) fn is_starved(&self, turns: u64, elapsed: Duration) -> bool {
         let mut last = lock(&self.last);
         let (turns_before, ran_before) = *last;

@@ -55,6 +55,9 @@ use crate::watch::process::seen::Seen;
 /// How much one read may bring: about a hundred events, each with a descriptor.
 const READ_BYTES: usize = 4 * 1024;
 
+/// How long the thread that is notified rests after nothing but unchanged programs.
+const PACE: Duration = Duration::from_millis(2);
+
 /// How many executions may wait for a decision: as many as the gate lets wait.
 const MAX_WAITING: usize = 1024;
 
@@ -337,19 +340,28 @@ impl Feed {
         let Feed { arrivals, group } = self;
         let shared = &arrivals.shared;
         let mut buffer = Buffer::new();
+        let mut may_rest = false;
         while !shared.is_stopping() {
-            shared.wait_for(&*group, Some(TURN));
+            if may_rest {
+                shared.wait_for_stop(PACE);
+            } else {
+                shared.wait_for(&*group, Some(TURN));
+            }
+            may_rest = false;
             match group.read(&mut buffer, READ_BYTES) {
-                Ok(incoming) => incoming.into_iter().for_each(|incoming| match incoming {
-                    Incoming::Notification(event) => arrivals.notified(event),
-                    // This group gets no permission events.
-                    Incoming::Permission(_) => (),
-                    Incoming::Overflow => shared.lose(
-                        Failure::KernelQueueOverflow,
-                        None,
-                        "the kernel dropped events of executions",
-                    ),
-                }),
+                Ok(incoming) => {
+                    may_rest = !incoming.is_empty();
+                    incoming.into_iter().for_each(|incoming| match incoming {
+                        Incoming::Notification(event) => may_rest &= arrivals.notified(event),
+                        // This group gets no permission events.
+                        Incoming::Permission(_) => (),
+                        Incoming::Overflow => shared.lose(
+                            Failure::KernelQueueOverflow,
+                            None,
+                            "the kernel dropped events of executions",
+                        ),
+                    });
+                }
                 Err(ReadError::Os(err)) => match Errno::from_io_error(&err) {
                     Some(Errno::AGAIN | Errno::INTR) => (),
                     Some(Errno::BADF | Errno::INVAL | Errno::FAULT) | None => {
@@ -370,13 +382,13 @@ impl Feed {
 
 impl Arrivals {
     /// A program has been opened for execution, and its process has not waited for an
-    /// answer.
-    fn notified(&self, event: Event) {
+    /// answer. Returns whether it is an unchanged one of an image.
+    fn notified(&self, event: Event) -> bool {
         let file = file::stat(&event.file);
         let is_known = |stat| self.shared.unchanged().is_some_and(|files| files.holds(stat));
         if file.as_ref().is_ok_and(is_known) {
             self.pulse.unchanged().fetch_add(1, Ordering::Relaxed);
-            return;
+            return true;
         }
         let stat = procfs::read_stat(event.pid).ok();
         let caller = Caller { stat, pid: event.pid, asked: None, pidfd: None };
@@ -391,6 +403,7 @@ impl Arrivals {
             Err(err) => self.lose_sight(&err),
         }
         self.shared.gate_taken.fetch_add(1, Ordering::Release);
+        false
     }
 
     fn lose_sight(&self, err: &io::Error) {
