@@ -36,9 +36,11 @@ use crate::sys::procfs::{self, Handle};
 use crate::watch::core::fair::{self, Owned, Receiver, Sender};
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
+use crate::watch::files::progress::Backlog;
 use crate::watch::files::shared::Files;
 use crate::watch::process::arguments::Recorded;
-use crate::watch::process::records::TraceConsumer;
+use crate::watch::process::named;
+use crate::watch::process::records::{self, TraceConsumer};
 use crate::watch::process::shared::Processes;
 use crate::watch::process::{attribution, describe, reach};
 
@@ -235,8 +237,31 @@ const MAX_REPORTED: usize = 16 * 1024;
 /// How long a file waits for its writer, which the change feed may not have reported yet.
 const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
 
+/// How long it waits at most for the change feed, where very much is written.
+const WAIT_FOR_FEED: Duration = Duration::from_millis(500);
+const STEP: Duration = Duration::from_millis(5);
+
 /// A file by the init of its container's run and its name. Devices and IDs are used again.
 type Named = (ProcessIdentity, Box<[u8]>);
+
+/// Code that waits for its writer to be known.
+#[derive(Debug)]
+struct Waiting {
+    since: Instant,
+    /// What the change feed has to read before.
+    backlog: Backlog,
+    loading: Loading,
+    examined: Examined,
+    process: Option<Process>,
+}
+
+impl Waiting {
+    fn is_due(&self, shared: &Files) -> bool {
+        let waited = self.since.elapsed();
+        waited >= WAIT_FOR_FEED
+            || waited >= WAIT_FOR_WRITER && shared.progress.has_reached(self.backlog)
+    }
+}
 
 #[derive(Debug, Default)]
 struct Libraries {
@@ -244,7 +269,7 @@ struct Libraries {
     in_image: HashMap<Named, Option<(u64, u64)>>,
     reported: HashSet<(u32, u64, u64, u64)>,
     budgets: HashMap<u64, (Instant, u32)>,
-    waiting: VecDeque<(Instant, Loading, Examined, Option<Process>)>,
+    waiting: VecDeque<Waiting>,
 }
 
 /// More names than this are not remembered.
@@ -272,7 +297,7 @@ pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
             }
         }
         let mut patience = match libraries.waiting.front() {
-            Some((due, ..)) => due.saturating_duration_since(Instant::now()),
+            Some(first) => WAIT_FOR_WRITER.saturating_sub(first.since.elapsed()).max(STEP),
             None => CHECK_EVERY,
         };
         if let Some(going) = pass.as_mut().filter(|_| !shared.is_stopping()) {
@@ -305,11 +330,15 @@ pub(crate) fn run(shared: &Files, loadings: &Receiver<Box<Loading>>) {
             Next::End => is_last = true,
         }
         // At the end, mappings do not wait for their writers.
-        let is_due = |due: &Instant| *due <= Instant::now() || is_last;
-        while libraries.waiting.front().is_some_and(|(due, ..)| is_due(due)) {
-            if let Some((_, loading, examined, process)) = libraries.waiting.pop_front() {
-                report(shared, &loading, examined, process, Source::Trace);
-            }
+        let is_due = |first: &Waiting| is_last || first.is_due(shared);
+        while libraries.waiting.front().is_some_and(is_due)
+            && let Some(first) = libraries.waiting.pop_front()
+        {
+            let Waiting { backlog, loading, examined, process, .. } = first;
+            let is_read = shared.progress.has_reached(backlog);
+            let writer = || examined.writer_read(shared, &loading.watched);
+            let writer = is_read.then(writer).flatten();
+            report(shared, &loading, examined, process, writer, Source::Trace);
         }
         if is_last {
             return;
@@ -398,11 +427,13 @@ impl Libraries {
         }
         self.reported.insert(reported);
         let process = handle.map(|handle| describe::as_it_is(&handle, watched));
-        let has_writer = examined.writer(shared, watched, Duration::ZERO).is_some();
-        if code.filesystem == Filesystem::Overlay && !has_writer {
-            self.waiting.push_back((Instant::now() + WAIT_FOR_WRITER, loading, examined, process));
+        let backlog = shared.progress.backlog();
+        let writer = examined.writer(shared, watched, Duration::ZERO);
+        if code.filesystem == Filesystem::Overlay && writer.is_none() {
+            let since = Instant::now();
+            self.waiting.push_back(Waiting { since, backlog, loading, examined, process });
         } else {
-            report(shared, &loading, examined, process, Source::Trace);
+            report(shared, &loading, examined, process, writer, Source::Trace);
         }
         false
     }
@@ -502,7 +533,8 @@ impl Libraries {
                 program: Program::default(),
                 is_first: false,
             };
-            report(shared, &loading, examined, process, Source::Scan);
+            let writer = examined.writer(shared, watched, WAIT_FOR_WRITER);
+            report(shared, &loading, examined, process, writer, Source::Scan);
         }
     }
 }
@@ -538,10 +570,17 @@ impl Examined {
         watched: &Watched,
         patience: Duration,
     ) -> Option<Arc<Process>> {
-        if self.code.filesystem != Filesystem::Overlay {
-            return None;
-        }
-        shared.writer_of_used(watched, &self.code.path, self.stat.as_ref()?, patience)
+        let stat = self.stat_on_overlay()?;
+        shared.writer_of_used(watched, &self.code.path, stat, patience)
+    }
+
+    /// The same, where the change feed has read enough.
+    fn writer_read(&self, shared: &Files, watched: &Watched) -> Option<Arc<Process>> {
+        shared.writer_read(watched, &self.code.path, self.stat_on_overlay()?)
+    }
+
+    fn stat_on_overlay(&self) -> Option<&crate::sys::file::Stat> {
+        self.stat.as_ref().filter(|_| self.code.filesystem == Filesystem::Overlay)
     }
 }
 
@@ -619,11 +658,10 @@ fn report(
     loading: &Loading,
     examined: Examined,
     process: Option<Process>,
+    writer: Option<Arc<Process>>,
     source: Source,
 ) {
     let Loading { watched, mapped, at, program, is_first } = loading;
-    // It has waited already: more is needed only on a busy machine.
-    let writer = examined.writer(shared, watched, WAIT_FOR_WRITER);
     let Code { path, filesystem, state, lower, file_of } = examined.code;
     let process = process.unwrap_or_else(|| Process {
         identity: ProcessIdentity { pid: mapped.pid, start_time: 0 },
@@ -634,6 +672,13 @@ fn report(
         root: None,
         ancestors: Vec::new(),
     });
+    let process = if process.exe.is_none() || process.ancestors.is_empty() {
+        // It has ended meanwhile.
+        let read_at = records::ticks_of(mapped.time).saturating_add(1);
+        shared.complete(named::Named { pid: mapped.pid, read_at }, process)
+    } else {
+        process
+    };
     let by_linker = *is_first && program.is_linker();
     let fact = Fact::File(FileFact::Loaded {
         path,

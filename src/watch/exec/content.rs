@@ -15,6 +15,7 @@ use crossbeam_channel::TrySendError;
 use super::again;
 use super::described::{Described, Executed, Progress};
 use super::execution::Execution;
+use super::late;
 use super::repeats;
 use super::shared::Exec;
 use super::take::Taken;
@@ -40,8 +41,8 @@ const MOMENT: u64 = 25;
 /// How often the executions without a record are checked.
 const CHECK_UNPROVEN: Duration = Duration::from_millis(250);
 
-/// How long an execution waits for the change feed, which knows the writer of its file.
-const FEED: Duration = Duration::from_millis(100);
+/// The same, of the executions that wait for the change feed.
+const CHECK_LATE: Duration = Duration::from_millis(2);
 
 /// Describes processes. It has a thread of its own, because a process may end while the file
 /// of an earlier one is hashed.
@@ -148,7 +149,10 @@ pub(crate) fn hash(shared: &Exec, described: &Receiver<Described>, large: &Sende
             last_check = Instant::now();
             check_unproven(shared);
         }
-        let mut execution = match shared.next_within(described, CHECK_UNPROVEN) {
+        let patience = if shared.late().is_empty() { CHECK_UNPROVEN } else { CHECK_LATE };
+        let next = shared.next_within(described, patience);
+        report_late(shared);
+        let mut execution = match next {
             Next::Item(execution) => execution,
             Next::Nothing => continue,
             Next::End => return report_unproven(shared),
@@ -245,8 +249,24 @@ fn check_unproven(shared: &Exec) {
     not_executed.into_iter().for_each(|place| check_file(shared, place));
 }
 
-/// At the end no records are read any more: reports what waits for them.
+/// Reports the executions for which the change feed has read enough, or that have waited for
+/// too long.
+fn report_late(shared: &Exec) {
+    loop {
+        let progress = &shared.progress;
+        let next = shared.late().take(|backlog| progress.has_reached(backlog), Instant::now());
+        let Some((execution, is_read)) = next else { return };
+        finish(shared, execution, false, is_read);
+    }
+}
+
+/// At the end no records are read any more: reports what waits for them, and for the feed.
 fn report_unproven(shared: &Exec) {
+    loop {
+        let Some((execution, _)) = shared.late().take(|_| true, Instant::now()) else { break };
+        let is_read = shared.progress.has_reached(shared.progress.backlog());
+        finish(shared, execution, true, is_read);
+    }
     let waiting = shared.unproven().forget_all(perf::now());
     for execution in waiting {
         if shared.may_report() {
@@ -298,9 +318,29 @@ fn complete(
     (process, exec_name)
 }
 
-// Long: it takes apart all that is known of an execution.
+/// Reports an execution, or lets it wait for the change feed, which knows the writer of its file.
 fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
+    // At once, while the process lives.
     again::look(shared, &mut execution);
+    let backlog = shared.progress.backlog();
+    let is_read = shared.progress.has_reached(backlog);
+    let is_own = execution.filesystem == Filesystem::Overlay && execution.layer_file.is_none();
+    if is_read || !is_own || shared.is_stopping() {
+        return finish(shared, execution, is_busy, is_read);
+    }
+    if let Executed::Held(held) = &execution.file {
+        // An open file keeps its mount busy.
+        drop(held.take());
+    }
+    let until = Instant::now() + late::PATIENCE;
+    let waits = shared.late().wait(backlog, until, execution);
+    if let Err(execution) = waits {
+        finish(shared, execution, is_busy, false);
+    }
+}
+
+// Long: it takes apart all that is known of an execution.
+fn finish(shared: &Exec, execution: Described, is_busy: bool, is_read: bool) {
     let named = execution.named();
     let Described {
         mut watched,
@@ -341,9 +381,8 @@ fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
         // First, so that the verdict on the file finds it.
         watched.layer_files_mut().note_reported(layer_file, state.clone(), at);
     }
-    let is_own = filesystem == Filesystem::Overlay && layer_file.is_none();
-    let patience = if is_busy { Duration::ZERO } else { FEED };
-    let writer = is_own.then(|| shared.writer_of_used(&watched, &path, &stat, patience)).flatten();
+    let has_writer = is_read && filesystem == Filesystem::Overlay && layer_file.is_none();
+    let writer = has_writer.then(|| shared.writer_read(&watched, &path, &stat)).flatten();
     let fact = Fact::File(FileFact::Executed {
         invoked_as: exec_name.and_then(|name| describe::invoked_as(&name, &path)),
         path: path.clone(),

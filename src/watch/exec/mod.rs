@@ -11,6 +11,7 @@ pub(crate) mod examine;
 pub(crate) mod execution;
 pub(crate) mod gate;
 pub(crate) mod known;
+pub(crate) mod late;
 pub(crate) mod observed;
 pub(crate) mod processes;
 pub(crate) mod questions;

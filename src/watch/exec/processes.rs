@@ -5,7 +5,7 @@
 //! `running`. It works in slices, so that new processes do not wait for a pass. It must not
 //! decide what a session is.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,9 @@ use super::running::Running;
 use super::shared::Exec;
 use crate::health::Failure;
 use crate::model::{Process, Source};
-use crate::sys::file;
 use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
+use crate::sys::{file, pidfd};
 use crate::watch::core::fair::{self, Receiver, Sender};
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
@@ -26,7 +26,7 @@ use crate::watch::process::describe::{self, Caller};
 use crate::watch::process::records::{self, Born, TraceConsumer};
 use crate::watch::process::seen::Seen;
 use crate::watch::process::shared::Processes;
-use crate::watch::process::{attribution, membership, outside};
+use crate::watch::process::{attribution, membership, outside, recorded};
 use crate::watch::sessions::invocations;
 use crate::watch::sessions::opening::{self, Home, Opened};
 use crate::watch::sessions::origin::ByRuntime;
@@ -35,6 +35,12 @@ use crate::watch::sessions::runtimes::Runtimes;
 /// While fewer than this wait, each process that belongs to a session is examined.
 const FEW: usize = 64;
 
+/// How long a process that has ended is left to the gate, which knows more of it: its report may
+/// come after the kernel's record.
+const GATE_FIRST: Duration = Duration::from_millis(50);
+/// No more of them wait.
+const MAX_GONE: usize = 1024;
+
 /// How often the thread checks whether a container wants a pass over all processes.
 const CHECK_EVERY: Duration = Duration::from_millis(250);
 
@@ -42,13 +48,19 @@ pub(crate) fn run(shared: &Exec, seen: &Receiver<Box<Seen>>) {
     let mut last_check = Instant::now();
     let mut runtimes = Runtimes::default();
     let mut pass: Option<Pass> = None;
+    let mut gone: VecDeque<(Instant, Box<Seen>)> = VecDeque::new();
     loop {
+        while gone.front().is_some_and(|(at, _)| at.elapsed() >= GATE_FIRST)
+            && let Some((_, one)) = gone.pop_front()
+        {
+            open_recorded(shared, &one);
+        }
         if pass.is_none() && last_check.elapsed() >= CHECK_EVERY && !shared.is_stopping() {
             last_check = Instant::now();
             pass = Pass::begin(shared);
             find_unclaimed(shared);
         }
-        let mut patience = CHECK_EVERY;
+        let mut patience = if gone.is_empty() { CHECK_EVERY } else { GATE_FIRST };
         if let Some(going) = &mut pass {
             patience = shared.rest();
             if patience.is_zero() {
@@ -61,19 +73,26 @@ pub(crate) fn run(shared: &Exec, seen: &Receiver<Box<Seen>>) {
         // A new process ends sooner than one that has run for a while.
         for _ in 0..FEW {
             match shared.next_within(seen, patience) {
-                Next::Item(one) => judge(shared, &one, seen),
+                Next::Item(one) => {
+                    let has_gone = judge(shared, &one, seen);
+                    if has_gone && one.born.is_some() && gone.len() < MAX_GONE {
+                        gone.push_back((Instant::now(), one));
+                    }
+                }
                 Next::Nothing => break,
-                Next::End => return,
+                Next::End => return gone.iter().for_each(|(_, one)| open_recorded(shared, one)),
             }
             patience = Duration::ZERO;
         }
     }
 }
 
-fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) {
+/// Judges a process. Returns whether it had ended and was not seen by the gate, so that only its
+/// records show what it was.
+fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) -> bool {
     let Some(stat) = &seen.caller.stat else { return judge_running(shared, seen) };
     if attribution::is_of_another(shared, &seen.watched, &seen.caller) {
-        return;
+        return false;
     }
     // First: a process in a session may have ended when its record is read.
     if others.len() < FEW && membership::is_in_session(shared, &seen.watched, stat) {
@@ -85,55 +104,63 @@ fn judge(shared: &Exec, seen: &Seen, others: &Receiver<Box<Seen>>) {
     // Held until the session is reported, so that the session precedes its activity.
     let mut sessions = shared.openings();
     sessions.open(shared, &seen.caller, &seen.watched, seen.at, &|| others.len());
+    false
 }
 
-/// Judges a process for whose execution there was no permission event.
-fn judge_running(shared: &Exec, seen: &Seen) {
+/// Opens a session by the records alone, if the process came from outside.
+fn open_recorded(shared: &Exec, seen: &Seen) {
+    if let (Some(born), Some(asked)) = (seen.born, seen.caller.asked) {
+        shared.openings().open_recorded(shared, (born, asked), &seen.watched, seen.at);
+    }
+}
+
+/// The same, for a process for whose execution there was no permission event.
+fn judge_running(shared: &Exec, seen: &Seen) -> bool {
     shared.openings().open_gone(shared, seen.caller.pid);
     let handle = Handle::open(seen.caller.pid).ok();
-    let open_recorded = || {
-        if let (Some(born), Some(asked)) = (seen.born, seen.caller.asked) {
-            shared.openings().open_recorded(shared, (born, asked), &seen.watched, seen.at);
-        }
-    };
     let Some(handle) = handle.filter(|handle| !handle.first_stat().has_ended()) else {
-        open_recorded();
         if let Some(program) = &seen.program {
             shared.packages().has_run(shared, &seen.watched, seen.caller.pid, program);
         }
-        return;
+        return true;
     };
     let stat = handle.first_stat();
     // A runtime on its way in is seen again when it has arrived.
     if outside::is_on_its_way(&handle) {
-        return;
+        return false;
     }
     match opening::home(shared, &handle, &seen.watched) {
         Home::Own => (),
-        Home::Anothers => return,
+        Home::Anothers => return false,
         Home::Unknown => {
             if shared.openings().put_aside(handle.identity(), &seen.watched) {
-                return;
+                return false;
             }
         }
     }
     let process = Arc::new(describe::as_it_is(&handle, &seen.watched));
     shared.packages().has_begun(shared, &seen.watched, &process);
     let mut sessions = shared.openings();
-    if let Some(root) = sessions.opens(shared, stat, &seen.watched, &mut || false) {
-        let mut process = Process::clone(&process);
-        let asked_for =
-            invocations::asked_for(&mut shared.invocations(), stat.parent, &seen.watched, false);
-        process.argv = asked_for.map(|asked| asked.argv).or(process.argv);
-        let opened = Opened { process, pidfd: None, by_runtime: root.by_runtime() };
-        sessions.report(shared, &seen.watched, seen.at, Source::Trace, opened);
-    } else {
-        drop(sessions);
-        if handle.stat().map_or(true, |stat| stat.has_ended()) {
-            // Perhaps it ended before it could be judged.
-            open_recorded();
-        }
-    }
+    let Some(root) = sessions.opens(shared, stat, &seen.watched, &mut || false) else {
+        // Perhaps it ended before it could be judged.
+        return has_ended(&handle);
+    };
+    let mut process = Process::clone(&process);
+    let asked_for =
+        invocations::asked_for(&mut shared.invocations(), stat.parent, &seen.watched, false);
+    process.argv = asked_for.map(|asked| asked.argv).or(process.argv).or_else(|| {
+        let time = seen.caller.asked?;
+        recorded::recorded(shared, seen.caller.pid, time, time)
+    });
+    // A handle of this process, if it lives still.
+    let pidfd = pidfd::open(seen.caller.pid).ok().filter(|_| !has_ended(&handle));
+    let opened = Opened { process, pidfd, by_runtime: root.by_runtime() };
+    sessions.report(shared, &seen.watched, seen.at, Source::Trace, opened);
+    false
+}
+
+fn has_ended(handle: &Handle) -> bool {
+    handle.stat().map_or(true, |stat| stat.has_ended())
 }
 
 /// A consumer of the trace: hands on processes that come into a container and execute a

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::described::Described;
+use super::late::Late;
 use super::observed::Observed;
 use super::unproven::Unproven;
 use crate::watch::sessions::opening::Openings;
@@ -29,6 +30,7 @@ pub(crate) struct Exec {
     /// be reported again.
     asked: Mutex<HashMap<u32, Vec<Asked>>>,
     unproven: Mutex<Unproven<Described>>,
+    late: Mutex<Late<Described>>,
     observed: Mutex<Observed>,
     /// Executions that the gate has answered and that have been taken from it.
     pub(crate) gate_taken: AtomicU64,
@@ -59,6 +61,7 @@ impl Exec {
             openings: Mutex::default(),
             asked: Mutex::default(),
             unproven: Mutex::default(),
+            late: Mutex::default(),
             observed: Mutex::default(),
             gate_taken: AtomicU64::new(0),
             is_gate_closed: AtomicBool::new(false),
@@ -129,6 +132,12 @@ impl Exec {
     /// What is known of executions that wait for a decision.
     pub(crate) fn observed(&self) -> MutexGuard<'_, Observed> {
         self.observed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The executions that wait for the change feed.
+    pub(crate) fn late(&self) -> MutexGuard<'_, Late<Described>> {
+        // A change is one insert or removal: a panic leaves nothing half done.
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Executions that wait for the kernel's record.

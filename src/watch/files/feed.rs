@@ -43,10 +43,12 @@ impl Feed {
     pub(crate) fn run(mut self) {
         let group = self.group.clone();
         let mut buffer = Buffer::new();
+        // Before anything is written: without the group, each execution would wait in vain.
+        self.shared.progress.follows(&group);
         while !self.shared.is_stopping() {
             self.shared.progress.rests();
             self.shared.wait_for(&*group, None);
-            self.shared.progress.begins(&group);
+            self.shared.progress.begins();
             match group.read(&mut buffer, READ_BYTES) {
                 Ok(incoming) => {
                     self.shared.progress.has_read(incoming.len());

@@ -13,6 +13,10 @@ use crate::sys::fanotify::Group;
 /// time must not hold up what is reported.
 const GIVEN_UP_FOR: Duration = Duration::from_secs(1);
 
+/// A number of events that the feed is to have read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Backlog(pub(crate) u64);
+
 /// What the thread `feed` has done.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
@@ -26,8 +30,12 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    pub(super) fn begins(&self, group: &Arc<Group>) {
+    /// The group whose events the feed reads.
+    pub(super) fn follows(&self, group: &Arc<Group>) {
         let _ = self.group.set(group.clone());
+    }
+
+    pub(super) fn begins(&self) {
         self.is_working.store(true, Ordering::SeqCst);
     }
 
@@ -43,20 +51,30 @@ impl Progress {
         self.is_working.store(false, Ordering::SeqCst);
     }
 
+    /// What the feed has to read until the writers of everything that was closed until now are
+    /// remembered.
+    pub(crate) fn backlog(&self) -> Backlog {
+        // In this order: what is read in between is counted twice, and not left out.
+        let queued = self.group.get().and_then(|group| group.queued().ok());
+        let read = self.read.load(Ordering::SeqCst);
+        Backlog(queued.map_or(u64::MAX, |queued| read.saturating_add(queued)))
+    }
+
+    /// Whether the feed has read so much.
+    pub(crate) fn has_reached(&self, Backlog(events): Backlog) -> bool {
+        let Some(group) = self.group.get() else { return false };
+        let is_idle = || {
+            group.queued().is_ok_and(|queued| queued == 0)
+                && !self.is_working.load(Ordering::SeqCst)
+        };
+        self.done.load(Ordering::SeqCst) >= events || is_idle()
+    }
+
     /// Whether the writers of everything that was closed until now are remembered. Waits for it
     /// for at most `patience`.
     pub(crate) fn has_caught_up(&self, patience: Duration) -> bool {
-        let Some(group) = self.group.get() else { return false };
-        // In this order: what is read in between is counted twice, and not left out.
-        let Ok(queued) = group.queued() else { return false };
-        let target = self.read.load(Ordering::SeqCst) + queued;
-        let is_done = || {
-            let is_idle = || {
-                group.queued().is_ok_and(|queued| queued == 0)
-                    && !self.is_working.load(Ordering::SeqCst)
-            };
-            self.done.load(Ordering::SeqCst) >= target || is_idle()
-        };
+        let backlog = self.backlog();
+        let is_done = || self.has_reached(backlog);
         if is_done() {
             return true;
         }

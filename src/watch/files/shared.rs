@@ -175,9 +175,17 @@ impl Files {
         stat: &file::Stat,
         patience: Duration,
     ) -> Option<Arc<Process>> {
-        if !self.progress.has_caught_up(patience) {
-            return None;
-        }
+        self.progress.has_caught_up(patience).then(|| self.writer_read(watched, path, stat))?
+    }
+
+    /// The last writer of a file, where the change feed has read everything that was written
+    /// before the file was used.
+    pub(crate) fn writer_read(
+        &self,
+        watched: &Watched,
+        path: &RootfsPath,
+        stat: &file::Stat,
+    ) -> Option<Arc<Process>> {
         // The writer of its content. The path may have been changed by another process, such as a chmod.
         self.writer_of_file(watched, stat).or_else(|| self.writer_of(watched, path))
     }
