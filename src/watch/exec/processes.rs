@@ -126,7 +126,7 @@ fn judge_running(shared: &Exec, seen: &Seen) -> bool {
     };
     let stat = handle.first_stat();
     // A runtime on its way in is seen again when it has arrived.
-    if outside::is_on_its_way(&handle) {
+    if outside::is_on_its_way(&handle) || outside::is_entering(&handle) {
         return false;
     }
     match opening::home(shared, &handle, &seen.watched) {

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use crate::model::process::may_be_runtime;
+use crate::model::programs;
 use crate::sys::procfs::{self, Handle};
 use crate::sys::{file, overlay};
 
@@ -30,6 +31,12 @@ pub(crate) fn runs_program_of_host(handle: &Handle) -> bool {
 /// requested program. The name of a host's program can be trusted.
 pub(crate) fn is_on_its_way(handle: &Handle) -> bool {
     is_before_entry_point(&handle.first_stat().comm) && runs_program_of_host(handle)
+}
+
+/// Whether a process still is the tool that enters (`nsenter`, `chroot`). The record of its own
+/// execution may be read when it has joined the container already; its command has another.
+pub(crate) fn is_entering(handle: &Handle) -> bool {
+    programs::is_entrance(&handle.first_stat().comm) && runs_from_outside(handle)
 }
 
 /// Whether a process runs a program that lies on no mount of its own namespace: the program
