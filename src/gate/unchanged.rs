@@ -1,8 +1,8 @@
 //! The unchanged files of images: their execution is answered and not handed on.
 //!
 //! The daemon names each such file once. A file is known as it is now: whatever changes it, or
-//! copies it up, moves its ctime, which no container can set. So a look-up needs one `statx`
-//! and nothing is lost by forgetting.
+//! copies it up, moves its ctime, and the daemon forgets all files when the clock is set. So a
+//! look-up needs one `statx`, and nothing is lost by forgetting.
 
 use std::collections::{HashMap, HashSet};
 

@@ -73,6 +73,18 @@ pub struct Sample {
     pub queue: Option<(u64, u64)>,
 }
 
+impl Sample {
+    /// Whether it should make progress.
+    pub(super) fn is_to_move(&self) -> bool {
+        match State::of(self.turns) {
+            _ if self.role == Role::Unsupervised => false,
+            State::Busy => true,
+            State::Blocked => false,
+            State::Idle => !self.is_replaced && self.queue.is_some_and(|(depth, _)| depth > 0),
+        }
+    }
+}
+
 /// What the supervisor has found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -160,15 +172,7 @@ impl Supervisor {
         }
         for sample in threads {
             let seen = self.seen.entry(sample.id).or_default();
-            let is_to_move = match State::of(sample.turns) {
-                _ if sample.role == Role::Unsupervised => false,
-                State::Busy => true,
-                State::Blocked => false,
-                State::Idle => {
-                    !sample.is_replaced && sample.queue.is_some_and(|(depth, _)| depth > 0)
-                }
-            };
-            if is_to_move && seen.turns == sample.turns {
+            if sample.is_to_move() && seen.turns == sample.turns {
                 seen.still += if sample.is_starved { Duration::ZERO } else { elapsed };
             } else {
                 *seen = Seen { turns: sample.turns, ..Seen::default() };

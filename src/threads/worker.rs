@@ -181,20 +181,17 @@ impl Worker {
         let taken = self.queue.as_ref().map(|queue| queue.taken.load(Ordering::Relaxed));
         let depth = self.queue.as_ref().map(|queue| (queue.depth)() as u64);
         let turns = self.turns.load(Ordering::Relaxed);
-        let is_to_move = match State::of(turns) {
-            State::Busy => true,
-            State::Blocked => false,
-            State::Idle => depth.is_some_and(|depth| depth > 0),
-        };
-        Sample {
+        let mut sample = Sample {
             id: self.id,
             name: self.name,
             role: self.role,
             turns,
             is_replaced: self.is_replaced.load(Ordering::Acquire),
-            is_starved: is_to_move && self.is_starved(turns, elapsed),
+            is_starved: false,
             queue: depth.zip(taken),
-        }
+        };
+        sample.is_starved = sample.is_to_move() && self.is_starved(turns, elapsed);
+        sample
     }
 
     /// Whether it is ready to run and gets hardly any processor time. Reads `/proc` only for

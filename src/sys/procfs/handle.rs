@@ -73,6 +73,11 @@ impl Handle {
         stat_of(&self.process)
     }
 
+    /// Whether the process has ended by now.
+    pub fn has_ended(&self) -> bool {
+        self.stat().map_or(true, |stat| stat.has_ended())
+    }
+
     /// Opens a file below `/proc/PID`; follows a link of the kernel.
     pub(in crate::sys) fn open_file(&self, name: &str) -> io::Result<std::fs::File> {
         self.process.open_relative(name).map_err(into_io)

@@ -39,7 +39,7 @@ pub struct Stat {
 }
 
 impl Stat {
-    /// The fields of a process that has ended, and of which nothing else is known.
+    /// The process has ended, and nothing else is known about it.
     pub fn of_ended(identity: ProcessIdentity, parent: u32) -> Stat {
         let area = ArgumentArea { arguments: (0, 0), environment: (0, 0) };
         let (comm, state) = (Box::default(), b'X');

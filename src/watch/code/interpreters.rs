@@ -460,7 +460,7 @@ fn named_again(shared: &Files, check: &mut Check) {
 /// A later check: the process may have become a shell on a connection, or may have been one
 /// from the beginning, with pipes in between.
 fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
-    let is_alive = is_alive(&check);
+    let is_alive = !check.handle.has_ended();
     if is_alive {
         named_again(shared, &mut check);
         let standard = standard(&check.handle);
@@ -574,11 +574,7 @@ fn was_denied(shared: &Files, check: &Check, script: &Script, stat: &file::Stat)
     let (Check { watched, executed, .. }, pid) = (check, check.handle.identity().pid);
     below(watched, script, stat)
         .is_some_and(|below| shared.guards.is_denied(watched, pid, &below, *executed))
-        && !is_alive(check)
-}
-
-fn is_alive(check: &Check) -> bool {
-    check.handle.stat().is_ok_and(|stat| !stat.has_ended())
+        && check.handle.has_ended()
 }
 
 /// A script of the container's own layer, as it is below the overlay.

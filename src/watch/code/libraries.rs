@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::TrySendError;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use super::inspect::{self, Code, Upper};
 use super::scripts::{self, Runs};
@@ -31,12 +31,12 @@ use crate::model::{
     Source, printable,
 };
 use crate::sys::door::{Ground, View};
-use crate::sys::perf::{self, Executed, Mapped};
+use crate::sys::perf::{Executed, Mapped};
 use crate::sys::procfs::{self, Handle};
 use crate::watch::core::fair::{self, Owned, Receiver, Sender};
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
-use crate::watch::files::progress::Backlog;
+use crate::watch::files::progress::{self, Backlog};
 use crate::watch::files::shared::Files;
 use crate::watch::process::arguments::Recorded;
 use crate::watch::process::named;
@@ -129,16 +129,6 @@ impl Tracing {
     }
 }
 
-/// The time of a record, by the clock of findings.
-fn timestamp(time: u64) -> Timestamp {
-    let ago = i64::try_from(perf::now().saturating_sub(time)).unwrap_or_default();
-    let now = Timestamp::now();
-    now.checked_sub(SignedDuration::from_nanos(ago)).unwrap_or(now)
-}
-
-/// How long the thread of the records does not rest after an interpreter was given a script.
-const AWAKE: Duration = Duration::from_secs(1);
-
 /// What an interpreter runs, by its recorded arguments. `None` if these do not show it;
 /// `Some(None)` if the program is no interpreter.
 fn recorded_runs(
@@ -184,7 +174,7 @@ impl TraceConsumer for Tracing {
             Some(Some(Runs::Inline)) => (),
             // It may end soon, and only the process leads to its script.
             None | Some(Some(Runs::File(_) | Runs::Input)) => {
-                shared.rest_of_trace.stay_awake(AWAKE);
+                shared.rest_of_trace.stay_awake();
             }
         }
         let started = Started {
@@ -193,7 +183,7 @@ impl TraceConsumer for Tracing {
             file: program.file.clone(),
             exec_name: file_name.clone(),
             executed: *time,
-            at: timestamp(*time),
+            at: records::time_of(*time),
         };
         if let Err(TrySendError::Full(dropped)) = self.started.try_send(Box::new(started)) {
             let detail = "too many interpreters wait to be checked";
@@ -208,7 +198,7 @@ impl TraceConsumer for Tracing {
         let (program, is_first) = self.programs.loads(mapped.pid);
         let loading = Loading {
             watched: watched.clone(),
-            at: timestamp(mapped.time),
+            at: records::time_of(mapped.time),
             mapped: mapped.clone(),
             program,
             is_first,
@@ -237,8 +227,7 @@ const MAX_REPORTED: usize = 16 * 1024;
 /// How long a file waits for its writer, which the change feed may not have reported yet.
 const WAIT_FOR_WRITER: Duration = Duration::from_millis(100);
 
-/// How long it waits at most for the change feed, where very much is written.
-const WAIT_FOR_FEED: Duration = Duration::from_millis(500);
+/// How often code that waits for the change feed is checked.
 const STEP: Duration = Duration::from_millis(5);
 
 /// A file by the init of its container's run and its name. Devices and IDs are used again.
@@ -258,7 +247,7 @@ struct Waiting {
 impl Waiting {
     fn is_due(&self, shared: &Files) -> bool {
         let waited = self.since.elapsed();
-        waited >= WAIT_FOR_FEED
+        waited >= progress::PATIENCE
             || waited >= WAIT_FOR_WRITER && shared.progress.has_reached(self.backlog)
     }
 }
@@ -672,13 +661,8 @@ fn report(
         root: None,
         ancestors: Vec::new(),
     });
-    let process = if process.exe.is_none() || process.ancestors.is_empty() {
-        // It has ended meanwhile.
-        let read_at = records::ticks_of(mapped.time).saturating_add(1);
-        shared.complete(named::Named { pid: mapped.pid, read_at }, process)
-    } else {
-        process
-    };
+    let read_at = records::ticks_of(mapped.time).saturating_add(1);
+    let process = shared.complete_if_ended(named::Named { pid: mapped.pid, read_at }, process);
     let by_linker = *is_first && program.is_linker();
     let fact = Fact::File(FileFact::Loaded {
         path,

@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use crate::sys::perf;
 
+const AWAKE: Duration = Duration::from_secs(1);
 /// What another thread waits for comes within milliseconds.
 const AWAKE_FOR_OTHERS: Duration = Duration::from_millis(10);
 
@@ -27,8 +28,12 @@ impl Rest {
         Ok(Rest { is_resting: AtomicBool::new(false), hurry, awake_until: AtomicU64::new(0) })
     }
 
-    /// The thread does not rest for so long.
-    pub(crate) fn stay_awake(&self, lasting: Duration) {
+    /// The thread does not rest for a while: what is seen may end soon, and more of it may come.
+    pub(crate) fn stay_awake(&self) {
+        self.stay_awake_for(AWAKE);
+    }
+
+    fn stay_awake_for(&self, lasting: Duration) {
         let lasting = u64::try_from(lasting.as_nanos()).unwrap_or(u64::MAX);
         self.awake_until.fetch_max(perf::now().saturating_add(lasting), Ordering::Relaxed);
     }
@@ -47,7 +52,7 @@ impl Rest {
         let _ = rustix::event::poll(&mut fds, at_most.as_ref());
         self.is_resting.store(false, Ordering::SeqCst);
         if !fds[0].revents().is_empty() {
-            self.stay_awake(AWAKE_FOR_OTHERS);
+            self.stay_awake_for(AWAKE_FOR_OTHERS);
             // Only this thread reads it. If that fails, the next rest is short.
             let _ = rustix::io::read(&self.hurry, &mut [0; 8]);
         }
@@ -82,7 +87,7 @@ mod tests {
             }
             resting.join().unwrap();
         });
-        rest.stay_awake(LONG);
+        rest.stay_awake_for(LONG);
         assert!(!rest.may_rest());
     }
 }

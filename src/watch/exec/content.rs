@@ -15,7 +15,6 @@ use crossbeam_channel::TrySendError;
 use super::again;
 use super::described::{Described, Executed, Progress};
 use super::execution::Execution;
-use super::late;
 use super::repeats;
 use super::shared::Exec;
 use super::take::Taken;
@@ -28,7 +27,7 @@ use crate::watch::core::fair::{self, Receiver, Sender};
 use crate::watch::core::shared::Next;
 use crate::watch::core::trust::Verdict;
 use crate::watch::core::watched::Watched;
-use crate::watch::files::paths;
+use crate::watch::files::{paths, progress};
 use crate::watch::mounts::find;
 use crate::watch::process::arguments::ReadProgram;
 use crate::watch::process::describe::{self, Executing};
@@ -304,15 +303,12 @@ fn complete(
         let execve = (process.identity.pid, asked);
         process.argv = recorded::recorded_arguments(shared, execve, &|| is_busy);
     }
-    if process.exe.is_none() || process.ancestors.is_empty() {
-        // It has ended, or it reads a text without `#!` itself: then its program is still
-        // the one before.
-        let pid = process.identity.pid;
-        let read_at = asked.map_or_else(procfs::ticks_since_boot, records::ticks_of);
-        // Its execve is over within a moment, and later another process may have its pid.
-        let named = Named { pid, read_at: read_at.saturating_add(MOMENT) };
-        process = shared.complete(named, process);
-    }
+    // If it has ended, or reads a text without `#!` itself, its program is still the one before.
+    let pid = process.identity.pid;
+    let read_at = asked.map_or_else(procfs::ticks_since_boot, records::ticks_of);
+    // Its execve is over within a moment, and later another process may have its pid.
+    let named = Named { pid, read_at: read_at.saturating_add(MOMENT) };
+    let process = shared.complete_if_ended(named, process);
     let execve = (process.identity.pid, asked);
     let exec_name = recorded::recorded_name(shared, execve, &|| is_busy);
     (process, exec_name)
@@ -332,7 +328,7 @@ fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
         // An open file keeps its mount busy.
         drop(held.take());
     }
-    let until = Instant::now() + late::PATIENCE;
+    let until = Instant::now() + progress::PATIENCE;
     let waits = shared.late().wait(backlog, until, execution);
     if let Err(execution) = waits {
         finish(shared, execution, is_busy, false);

@@ -5,13 +5,9 @@
 //! in and takes them out, and `files::progress` knows how far the feed is.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::watch::files::progress::Backlog;
-
-/// How long an execution waits: a container that writes all the time must not hold up what is
-/// reported.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(500);
 
 /// More are reported without their writers.
 const MAX_WAITING: usize = 256;
@@ -61,6 +57,7 @@ impl<T> Late<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watch::files::progress::PATIENCE;
 
     #[test]
     fn one_waits_until_the_feed_has_read_enough_or_its_time_is_over() {

@@ -143,7 +143,7 @@ fn judge_running(shared: &Exec, seen: &Seen) -> bool {
     let mut sessions = shared.openings();
     let Some(root) = sessions.opens(shared, stat, &seen.watched, &mut || false) else {
         // Perhaps it ended before it could be judged.
-        return has_ended(&handle);
+        return handle.has_ended();
     };
     let mut process = Process::clone(&process);
     let asked_for =
@@ -153,14 +153,10 @@ fn judge_running(shared: &Exec, seen: &Seen) -> bool {
         recorded::recorded(shared, seen.caller.pid, time, time)
     });
     // A handle of this process, if it lives still.
-    let pidfd = pidfd::open(seen.caller.pid).ok().filter(|_| !has_ended(&handle));
+    let pidfd = pidfd::open(seen.caller.pid).ok().filter(|_| !handle.has_ended());
     let opened = Opened { process, pidfd, by_runtime: root.by_runtime() };
     sessions.report(shared, &seen.watched, seen.at, Source::Trace, opened);
     false
-}
-
-fn has_ended(handle: &Handle) -> bool {
-    handle.stat().map_or(true, |stat| stat.has_ended())
 }
 
 /// A consumer of the trace: hands on processes that come into a container and execute a

@@ -58,9 +58,8 @@ const SETTLE: Duration = Duration::from_millis(1);
 const SOON: Duration = Duration::from_millis(5);
 /// How long the thread rests after records, so that a container that executes all the time does
 /// not wake it for each program. What the gate did not see may end meanwhile: then the thread
-/// stays awake for a while, as it does when another thread waits for records.
+/// stays awake for a while (`core::rest`), as it does when another thread waits for records.
 const PACE: Duration = Duration::from_millis(2);
-const AWAKE: Duration = Duration::from_secs(1);
 /// How often the thread checks whether processors have come or gone.
 const CHECK_PROCESSORS: Duration = Duration::from_secs(1);
 /// For how long a process that has ended is remembered: its first thread can end,
@@ -261,7 +260,7 @@ impl Trace {
         self.shared.lose(Failure::TraceLost, None, detail);
         // Among the lost records may be that of a runtime.
         self.something_enters(now);
-        self.shared.rest_of_trace.stay_awake(AWAKE);
+        self.shared.rest_of_trace.stay_awake();
     }
 
     fn end_turn(&mut self, now: u64) {
@@ -689,7 +688,7 @@ impl Trace {
 
     fn hand_on(&self, mut unseen: Unseen) {
         // It may end soon, and the next one too.
-        self.shared.rest_of_trace.stay_awake(AWAKE);
+        self.shared.rest_of_trace.stay_awake();
         // A container with few waiting files does not lose by another container's flood.
         let has_many = || self.unseen.len_of(&unseen.watched.container) >= FEW_FILES;
         if self.unseen.len() >= self.max_files && has_many() {

@@ -13,6 +13,10 @@ use crate::sys::fanotify::Group;
 /// time must not hold up what is reported.
 const GIVEN_UP_FOR: Duration = Duration::from_secs(1);
 
+/// How long a program or library that is used waits for the feed, where no thread waits with it: a
+/// container that writes all the time must not hold up what is reported.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(500);
+
 /// A number of events that the feed is to have read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Backlog(pub(crate) u64);

@@ -112,6 +112,15 @@ impl Processes {
         known
     }
 
+    /// The same, for a process of which the program or the parents could not be read: it had
+    /// ended.
+    pub(crate) fn complete_if_ended(&self, named: Named, process: Process) -> Process {
+        match process.exe.is_none() || process.ancestors.is_empty() {
+            true => self.complete(named, process),
+            false => process,
+        }
+    }
+
     pub(crate) fn completed(
         &self,
         named: Named,
