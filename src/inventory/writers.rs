@@ -45,10 +45,11 @@ struct PackageManager {
     began: Timestamp,
 }
 
-/// The process that has unpacked files.
+/// The process that has unpacked files; of several that did the same work, the first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unpacking {
-    pub archiver: ProcessIdentity,
+    pub archiver: Arc<Process>,
+    /// Its program.
     pub exe: String,
 }
 
@@ -179,11 +180,20 @@ impl Writers {
         self.unpacking(*finding)
     }
 
-    /// The same process, as it is known already: the kernel's records do not have its start
-    /// time.
-    pub fn known_archiver(&self, archiver: ProcessIdentity) -> ProcessIdentity {
-        let mut known = self.unpackings.iter().rev().map(|(_, unpacking)| unpacking.archiver);
-        known.find(|one| one.may_be(archiver)).unwrap_or(archiver)
+    /// The archiver as it is known already: the kernel's records do not have its start time. Or
+    /// the first one that did the same work: a build that begins again unpacks its sources again.
+    pub fn known_archiver(
+        &self,
+        archiver: &Process,
+        init: ProcessIdentity,
+    ) -> Option<Arc<Process>> {
+        let mut known = self.unpackings.iter().map(|(_, unpacking)| &unpacking.archiver);
+        let itself = known.clone().rev().find(|one| one.identity.may_be(archiver.identity));
+        let same = || {
+            let own = Work::of(archiver, init)?;
+            known.find(|one| Work::of(one, init).is_some_and(|work| own.is_same(&work)))
+        };
+        itself.or_else(same).cloned()
     }
 
     /// The linker that has written this content.
@@ -201,7 +211,7 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     fn of(process: &'a Process, init: ProcessIdentity) -> Option<Work<'a>> {
-        let at = process.ancestors.iter().position(|above| above.identity == init)?;
+        let at = process.ancestors.iter().position(|above| above.identity.may_be(init))?;
         let above = &process.ancestors[..=at];
         (at > 0 && process.tty.is_none()).then_some(Work { process, above })
     }

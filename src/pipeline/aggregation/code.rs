@@ -2,6 +2,8 @@
 //! linker that made it, or the process that runs it. Pure. What only its place decides on is
 //! in `files`.
 
+use std::sync::Arc;
+
 use super::group::{Candidate, Common, Group};
 use super::packages::{is_images_own, transaction_id};
 use crate::baseline::ImageBaseline;
@@ -146,7 +148,8 @@ fn unpacked_by(entry: &Entry, image: &ImageBaseline, used: &Used<'_>) -> Option<
     let exe = writer.exe.as_deref()?;
     let called = programs::called_as(exe, writer.argv.as_deref());
     if programs::is_archiver(called.as_bytes()) && is_images_own(entry, image, exe) {
-        let archiver = entry.writers.known_archiver(writer.identity);
+        let known = entry.writers.known_archiver(writer, used.init);
+        let archiver = known.unwrap_or_else(|| Arc::new(writer.clone()));
         return Some(Unpacking { archiver, exe: exe.to_owned() });
     }
     above(writer)

@@ -60,7 +60,7 @@ impl Common {
             // A build may copy what it has linked, with a program that links as well.
             Common::Built { .. } => "built".to_owned(),
             Common::Unpacked(Unpacking { archiver, exe }) => {
-                format!("unpacked {} {exe}", of(archiver))
+                format!("unpacked {} {exe}", of(&archiver.identity))
             }
             Common::Loaded { process, severity } => format!("loaded {severity} {}", of(process)),
             Common::Pattern { pattern, by, severity } => {

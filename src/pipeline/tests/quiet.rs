@@ -434,6 +434,49 @@ fn w08_scripts_that_the_images_archiver_has_unpacked_are_one_line_and_others_are
 }
 
 #[test]
+fn w08_sources_that_a_build_unpacks_again_are_one_line_and_another_archive_is_not() {
+    let mut node = Node::running();
+    let argv = ["/usr/bin/tar", "xf", "/usr/src/hello.tar"];
+    let named = |pid, exe| (ProcessIdentity { pid, start_time: 9 }, exe);
+    let main = (init(7), "/bin/busybox");
+    let build = named(20, "/bin/busybox");
+    let mut number = 0;
+    let mut unpack = |node: &mut Node, tar: Process| {
+        number += 1;
+        let above: Vec<_> =
+            tar.ancestors.iter().map(|one| (one.identity, "/bin/busybox")).collect();
+        let mut fact = run(
+            &format!("/src/configure{number}"),
+            &number.to_string(),
+            installer(100 + number, &["/bin/busybox", "configure"], &above),
+            Some(tar),
+        );
+        if let Fact::File(FileFact::Executed { state, .. }) = &mut fact {
+            state.format = Format::Script;
+        }
+        node.see(Source::Gate, fact);
+    };
+    // A loop, its next round, and the same loop after it was started again.
+    unpack(&mut node, installer(40, &argv, &[build, main]));
+    unpack(&mut node, installer(50, &argv, &[build, main]));
+    unpack(&mut node, installer(60, &argv, &[named(21, "/bin/busybox"), main]));
+    // By the kernel's records alone.
+    let recorded = (ProcessIdentity { pid: main.0.pid, start_time: 0 }, main.1);
+    unpack(&mut node, installer(70, &argv, &[named(22, "/bin/busybox"), recorded]));
+    assert_eq!(node.lines(), ["exec.script high /src/configure1 4 4"]);
+    // Another archive, another program above, a process from outside, a person, an orphan.
+    let other = ["/usr/bin/tar", "xf", "/tmp/evil.tar"];
+    unpack(&mut node, installer(80, &other, &[build, main]));
+    unpack(&mut node, installer(81, &argv, &[named(23, "/usr/bin/curl"), main]));
+    unpack(&mut node, installer(82, &argv, &[build, named(30, "/usr/bin/containerd-shim")]));
+    let mut typed = installer(83, &argv, &[build, main]);
+    typed.tty = Some("pts/0".to_owned());
+    unpack(&mut node, typed);
+    unpack(&mut node, installer(84, &argv, &[main]));
+    assert_eq!(node.lines().len(), 6, "{:#?}", node.lines());
+}
+
+#[test]
 fn w07_libraries_of_a_process_that_has_ended_are_one_line() {
     let mut node = Node::running();
     let gone = |pid: u32| {

@@ -29,6 +29,7 @@ use crate::threads;
 use crate::watch::core::fair::Receiver;
 use crate::watch::core::shared::Next;
 use crate::watch::core::watched::Watched;
+use crate::watch::files::progress::Backlog;
 use crate::watch::files::shared::Files;
 use crate::watch::files::upper;
 use crate::watch::process::activity::{Activity, Event};
@@ -38,9 +39,6 @@ use crate::watch::process::{describe, reach, records};
 /// When a shell is checked again: its input and output may be connected later than its
 /// start.
 const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
-
-/// How long the last check of a script waits for the change feed, on a busy machine.
-const FEED: Duration = Duration::from_millis(100);
 
 /// No more shells than this wait for a later check.
 const MAX_WAITING: usize = 16 * 1024;
@@ -77,6 +75,8 @@ struct Check {
 struct Pending {
     script: Script,
     written: Written,
+    /// What the change feed has to read first: then the writer of a file is known.
+    backlog: Option<Backlog>,
 }
 
 /// What shows the writer of a script.
@@ -243,7 +243,7 @@ fn push(shared: &Files, queue: &mut VecDeque<Check>, mut check: Check) {
     if queue.len() < MAX_WAITING {
         queue.push_back(check);
     } else {
-        report_pending(shared, &mut check);
+        report_pending(shared, &mut check, true);
         let detail = "too many shells wait to be checked again";
         shared.lose(Failure::CodeQueueFull, Some(&check.watched), detail);
     }
@@ -373,8 +373,10 @@ fn take(shared: &Files, check: &mut Check, given: Given) {
                         .is_some_and(|stat| shared.table.is_marked(stat.device, stat.mount));
                     let is_own = code.filesystem == Filesystem::Overlay && code.file_of.is_none();
                     let stat = stat.filter(|_| is_own);
-                    let now = Duration::ZERO;
-                    let writer = writer(shared, check, &code.path, stat.as_ref(), now);
+                    let writer = stat.as_ref().and_then(|stat| {
+                        let now = Duration::ZERO;
+                        shared.writer_of_used(&check.watched, &code.path, stat, now)
+                    });
                     report_script(shared, check, code, Written { writer, stat }, is_reported);
                 }
                 inspect::Examined::Nothing => (),
@@ -479,9 +481,14 @@ fn again(shared: &Files, mut check: Check, around: &mut Around) -> Outcome {
         }
     }
     check.again += 1;
+    let is_last = check.again >= AGAIN.len() || shared.is_stopping();
     // Only now: a shell on a connection is not also reported as a script from a pipe.
-    report_pending(shared, &mut check);
-    if is_alive { Outcome::ForNow(Box::new(check)) } else { Outcome::Enough }
+    report_pending(shared, &mut check, is_last);
+    if is_alive || check.pending.is_some() {
+        Outcome::ForNow(Box::new(check))
+    } else {
+        Outcome::Enough
+    }
 }
 
 /// The processes of the container that was scanned last. One scan serves all shells that
@@ -521,7 +528,7 @@ fn direct(shared: &Files, check: &mut Check, standard: &Standard) -> bool {
 /// own; a script that the shell runs from a file is one.
 fn report_shell(shared: &Files, check: &mut Check, direct: bool, evidence: String) {
     check.pending.take_if(|pending| matches!(pending.script, Script::Pipe { .. }));
-    report_pending(shared, check);
+    report_pending(shared, check, true);
     let root = check.process.identity;
     let process = Arc::new(check.process.clone());
     let fact = Fact::Session(SessionFact::ReverseShell { process, direct, evidence });
@@ -538,17 +545,25 @@ fn report_shell(shared: &Files, check: &mut Check, direct: bool, evidence: Strin
 
 impl Pending {
     fn piped(script: Script) -> Pending {
-        Pending { script, written: Written::default() }
+        Pending { script, written: Written::default(), backlog: None }
     }
 }
 
-/// Reports the script that has waited for a later check.
-fn report_pending(shared: &Files, check: &mut Check) {
-    let Some(Pending { script, written }) = check.pending.take() else { return };
-    let later = |path| writer(shared, check, path, written.stat.as_ref(), FEED);
-    let writer = match &script {
-        Script::File { path, .. } => written.writer.or_else(|| later(path)),
-        Script::Pipe { .. } => None,
+/// Reports the script that has waited for a later check. On a busy machine the change feed may
+/// be behind still: then the script waits for another check, if one follows.
+fn report_pending(shared: &Files, check: &mut Check, is_last: bool) {
+    let has_reached = |backlog| shared.progress.has_reached(backlog);
+    let is_read = check.pending.as_ref().and_then(|it| it.backlog).is_none_or(has_reached);
+    let Some(Pending { script, written, .. }) = check.pending.take_if(|_| is_read || is_last)
+    else {
+        return;
+    };
+    let known = |path, stat| shared.writer_read(&check.watched, path, stat);
+    let writer = match (&script, &written.stat) {
+        (Script::File { path, .. }, Some(stat)) if written.writer.is_none() && is_read => {
+            known(path, stat)
+        }
+        _ => written.writer,
     };
     let process = Arc::new(check.process.clone());
     if written.stat.as_ref().is_some_and(|stat| was_denied(shared, check, &script, stat)) {
@@ -581,17 +596,6 @@ fn was_denied(shared: &Files, check: &Check, script: &Script, stat: &file::Stat)
 fn below(watched: &Watched, script: &Script, stat: &file::Stat) -> Option<file::Stat> {
     let Script::File { path, .. } = script else { return None };
     file::stat(upper::upper(watched, path, stat)?).ok()
-}
-
-/// The writer of a script, if that is known. Waits so long for the change feed, which knows it.
-fn writer(
-    shared: &Files,
-    check: &Check,
-    path: &RootfsPath,
-    stat: Option<&file::Stat>,
-    patience: Duration,
-) -> Option<Arc<Process>> {
-    shared.writer_of_used(&check.watched, path, stat?, patience)
 }
 
 fn report_script(
@@ -640,7 +644,8 @@ fn report_script(
                 && file_of.is_none()
                 && check.pending.is_none()
             {
-                check.pending = Some(Pending { script, written });
+                let backlog = written.writer.is_none().then(|| shared.progress.backlog());
+                check.pending = Some(Pending { script, written, backlog });
                 return;
             }
             let writer = written.writer;

@@ -21,6 +21,7 @@ use super::take::Taken;
 use super::unproven::Request;
 use crate::health::Failure;
 use crate::model::{Fact, FileFact, Filesystem, Format, Process, RootfsPath, Source};
+use crate::sys::file::Stat;
 use crate::sys::{perf, priority, procfs};
 use crate::threads;
 use crate::watch::core::fair::{self, Receiver, Sender};
@@ -314,6 +315,25 @@ fn complete(
     (process, exec_name)
 }
 
+/// Adds what can be read now of a process that was described before its execve was over, and
+/// of whose arguments there is no record. Both happen on a busy machine.
+fn read_late(
+    shared: &Exec,
+    process: &mut Process,
+    before: &procfs::Stat,
+    asked: Option<u64>,
+    file: &Stat,
+) {
+    let Some((read, program)) = describe::program_now(before) else { return };
+    // It may have become yet another program since. A script is not the program that runs.
+    let pid = before.identity.pid;
+    let is_last = || asked.is_some_and(|asked| shared.arguments().is_last(pid, asked));
+    if program == (file.device, file.inode) || is_last() {
+        process.exe = read.exe.or(process.exe.take());
+        process.argv = Some(read.argv);
+    }
+}
+
 /// Reports an execution, or lets it wait for the change feed, which knows the writer of its file.
 fn report(shared: &Exec, mut execution: Described, is_busy: bool) {
     // At once, while the process lives.
@@ -362,7 +382,10 @@ fn finish(shared: &Exec, execution: Described, is_busy: bool, is_read: bool) {
     state.could_change = state.could_change.max(could_change);
     let is_on_overlay = filesystem == Filesystem::Overlay;
     let Executing { process } = executing;
-    let (process, exec_name) = complete(shared, process, asked, is_busy);
+    let (mut process, exec_name) = complete(shared, process, asked, is_busy);
+    if process.argv.is_none() {
+        seen.iter().for_each(|seen| read_late(shared, &mut process, seen, asked, &stat));
+    }
     // By now the record of the process's birth has been read.
     if filesystem != Filesystem::Overlay
         && Arc::ptr_eq(&holder, &watched)

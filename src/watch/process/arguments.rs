@@ -112,6 +112,12 @@ impl Arguments {
         is_it.then(|| first.name.clone())
     }
 
+    /// Whether a process has executed once since this time, and no more.
+    pub(crate) fn is_last(&self, pid: u32, since: u64) -> bool {
+        let executions = self.executions.get(&pid).into_iter().flatten();
+        since > self.forgotten && executions.filter(|one| one.time >= since).count() == 1
+    }
+
     /// The program that a process ran at this time, with its arguments.
     pub(crate) fn running(&self, pid: u32, at: u64) -> Option<Program> {
         let mut executions = self.executions.get(&pid)?.iter().rev();
@@ -249,6 +255,7 @@ mod tests {
         check(&kept, 7, 21, "c");
         kept.add(8, text("d").unwrap());
         check(&kept, 8, 31, "d");
+        assert_eq!([5, 21, 31].map(|since| kept.is_last(7, since)), [false, true, false]);
     }
 
     #[test]

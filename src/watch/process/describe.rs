@@ -131,11 +131,12 @@ fn wait_for_program(
 ) -> Option<Stat> {
     let start = Instant::now();
     loop {
+        // Before the look: this thread itself may be late after it.
+        let waited = start.elapsed();
         let now = handle.stat().ok().filter(|now| !now.has_ended())?;
         if now.area.is_complete() && now.area != before.area {
             return Some(now);
         }
-        let waited = start.elapsed();
         if waited >= PATIENCE_WHEN_IDLE || waited >= PATIENCE && others_wait() {
             return None;
         }
@@ -163,6 +164,21 @@ pub(crate) fn program_after_exec(
     let exe = handle.exe().ok();
     is_still(&handle, &now)
         .then(|| ReadProgram { exe: exe.as_deref().map(text), argv: texts(&argv) })
+}
+
+/// What a process runs now, and the device and inode of that program, if it has become another
+/// program since `before`.
+pub(crate) fn program_now(before: &Stat) -> Option<(ReadProgram, (u64, u64))> {
+    let handle = Handle::open_exactly(before.identity).ok()?;
+    let now = handle.stat().ok().filter(|now| !now.has_ended())?;
+    if !now.area.is_complete() || now.area == before.area {
+        return None;
+    }
+    let program = handle.exe_identity().ok()?;
+    let argv = handle.arguments().ok()??;
+    let exe = handle.exe().ok();
+    let read = ReadProgram { exe: exe.as_deref().map(text), argv: texts(&argv) };
+    is_still(&handle, &now).then_some((read, program))
 }
 
 /// Sleeps, but not longer than the process lives.

@@ -16,8 +16,7 @@ pub(crate) const PATIENCE_FOR_RECORDS: Duration = Duration::from_millis(20);
 
 /// The arguments of an execution that the gate was asked about, by the kernel's records: for
 /// a process that had ended before /proc was read. Waits until the records have been read,
-/// but not for long if `others_wait`. The wait is counted from the gate's request on, so that
-/// the waits for many executions overlap.
+/// but not for long if `others_wait`.
 pub(crate) fn recorded_arguments(
     shared: &Processes,
     (pid, asked): (u32, Option<u64>),
@@ -26,20 +25,11 @@ pub(crate) fn recorded_arguments(
     // A process that is not visible in the daemon's pid namespace has no records either.
     let asked = asked.filter(|_| pid != 0 && shared.records_arguments())?;
     let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
-    loop {
-        let now = perf::now();
-        match shared.arguments().of(pid, asked, until) {
-            Recorded::Arguments(arguments) => return listed(&arguments),
-            Recorded::Unknown => return None,
-            Recorded::NotYet => (),
-        }
-        let waited = Duration::from_nanos(now.saturating_sub(asked));
-        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return None;
-        }
-        shared.rest_of_trace.hurry();
-        std::thread::sleep(STEP);
-    }
+    when_read(shared, asked, others_wait, || match shared.arguments().of(pid, asked, until) {
+        Recorded::Arguments(arguments) => Some(listed(&arguments)),
+        Recorded::Unknown => Some(None),
+        Recorded::NotYet => None,
+    })?
 }
 
 /// The path of an execution that the gate was asked about, by the same records. The process's
@@ -52,16 +42,7 @@ pub(crate) fn recorded_name(
 ) -> Option<Box<[u8]>> {
     let asked = asked.filter(|_| pid != 0 && shared.records_executions())?;
     let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
-    loop {
-        let now = perf::now();
-        let name = shared.arguments().name_of(pid, asked, until);
-        let waited = Duration::from_nanos(now.saturating_sub(asked));
-        if name.is_some() || waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return name;
-        }
-        shared.rest_of_trace.hurry();
-        std::thread::sleep(STEP);
-    }
+    when_read(shared, asked, others_wait, || shared.arguments().name_of(pid, asked, until))
 }
 
 /// Waits until the kernel's records of an execve that the gate was asked about have been
@@ -73,10 +54,31 @@ pub(crate) fn wait_for_records(
 ) {
     let until = asked.saturating_add(nanoseconds(PATIENCE_WHEN_IDLE));
     let is_read = || !matches!(shared.arguments().of(pid, asked, until), Recorded::NotYet);
-    while shared.records_executions() && !is_read() {
-        let waited = Duration::from_nanos(perf::now().saturating_sub(asked));
-        if waited >= PATIENCE_FOR_RECORDS || waited >= PATIENCE && others_wait() {
-            return;
+    if shared.records_executions() {
+        when_read(shared, asked, others_wait, || is_read().then_some(()));
+    }
+}
+
+/// What is found in the records when they have been read, or `None` after a while. The wait is
+/// counted from the gate's request on, so that the waits for many executions overlap.
+fn when_read<T>(
+    shared: &Processes,
+    asked: u64,
+    others_wait: &dyn Fn() -> bool,
+    find: impl Fn() -> Option<T>,
+) -> Option<T> {
+    let start = perf::now();
+    loop {
+        let now = perf::now();
+        if let Some(found) = find() {
+            return Some(found);
+        }
+        let [waited, here] =
+            [asked, start].map(|since| Duration::from_nanos(now.saturating_sub(since)));
+        // On a busy machine the request may be old already, and the trace no further.
+        let is_late = waited >= PATIENCE_FOR_RECORDS && here >= PATIENCE;
+        if is_late || waited >= PATIENCE && others_wait() {
+            return None;
         }
         shared.rest_of_trace.hurry();
         std::thread::sleep(STEP);
