@@ -41,7 +41,7 @@ impl Writing {
     }
 
     pub(super) fn commit_to_memory(&mut self) {
-        self.schedule.last_commit = Some(Instant::now());
+        self.schedule.committed(Instant::now());
         let Some(memory) = &mut self.database.memory else { return };
         match self.pending.write(memory) {
             Ok(newest) => {

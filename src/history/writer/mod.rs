@@ -1,7 +1,8 @@
 //! Writes the history: one thread, the only one that writes.
 //!
 //! A record that comes after a pause is committed at once. Under load, commits are
-//! `COMMIT_SPACING` apart and hold up to `BATCH` records. If a finding,
+//! `COMMIT_SPACING` apart, or as far as the disk's speed allows if there is a new finding,
+//! session or response, and hold up to `BATCH` records. If a finding,
 //! session or probe is revised several times within one batch, only its last revision is
 //! stored, and the database keeps only the newest revision of each. So a program that runs a
 //! thousand times a second cannot fill the disk.

@@ -46,6 +46,16 @@ impl Revised {
     }
 }
 
+/// Whether a reader may wait for this record.
+fn is_news(record: &Record) -> bool {
+    match record {
+        Record::Finding(finding) | Record::Aggregate { finding, .. } => finding.revision == 1,
+        Record::Session { session, .. } => session.revision == 1,
+        Record::Response(_) | Record::Gap { .. } => true,
+        Record::Probe(_) => false,
+    }
+}
+
 /// Records that are not committed yet, in order; one per finding, session and probe.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
@@ -62,6 +72,8 @@ pub(super) struct Pending {
     members: Vec<(FindingId, MemberChange)>,
     /// Commands of sessions, in order.
     commands: Vec<Command>,
+    /// Something is there that is no revision of what may be known already.
+    has_news: bool,
     /// How many records were dropped because the memory was full, and when the first was.
     dropped: Option<(u64, Timestamp)>,
 }
@@ -73,6 +85,10 @@ impl Pending {
 
     pub(super) fn is_empty(&self) -> bool {
         self.held == 0
+    }
+
+    pub(super) fn has_news(&self) -> bool {
+        self.has_news
     }
 
     pub(super) fn responses(&self) -> impl Iterator<Item = &Record> {
@@ -119,6 +135,7 @@ impl Pending {
             }
         }
         self.responses += usize::from(matches!(record, Record::Response(_)));
+        self.has_news |= is_news(&record);
         self.records.push_back(Some(record));
         self.held += 1;
         self.trim();

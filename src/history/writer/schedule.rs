@@ -13,8 +13,16 @@ const PRUNE_EVERY: Duration = Duration::from_secs(60 * 60);
 /// How often it is checked that the file is still in its place.
 const CHECK_FILE_EVERY: Duration = Duration::from_secs(1);
 
+/// Least time between two commits, unless a batch is full.
+const COMMIT_SPACING: Duration = Duration::from_millis(100);
+/// The same before a commit with something new in it: so many times what the last one took, so
+/// that a slow disk has time for others, and at least this.
+const NEWS_SPACED: u32 = 10;
+const NEWS_SPACING: Duration = Duration::from_millis(10);
+
 pub(super) struct Schedule {
-    pub(super) last_commit: Option<Instant>,
+    /// When the last commit began, and how long it took.
+    last_commit: Option<(Instant, Duration)>,
     /// After a failed commit: when to try again, and how long to wait after the next failure.
     retry: Option<(Instant, Duration)>,
     pub(super) next_prune: Instant,
@@ -29,6 +37,18 @@ impl Schedule {
             next_prune: Instant::now(),
             next_file_check: Instant::now() + CHECK_FILE_EVERY,
         }
+    }
+
+    /// Notes a commit that has ended now.
+    pub(super) fn committed(&mut self, began: Instant) {
+        self.last_commit = Some((began, began.elapsed()));
+    }
+
+    /// When the next commit is due: sooner if there is something new.
+    pub(super) fn next_commit(&self, has_news: bool) -> Instant {
+        let Some((began, took)) = self.last_commit else { return Instant::now() };
+        let for_news = (took * NEWS_SPACED).clamp(NEWS_SPACING, COMMIT_SPACING);
+        began + if has_news { for_news } else { COMMIT_SPACING }
     }
 
     /// Whether the last write to the disk failed.
@@ -69,5 +89,25 @@ impl Schedule {
 
     pub(super) fn check_file_later(&mut self) {
         self.next_file_check = Instant::now() + CHECK_FILE_EVERY;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_new_is_committed_soon_and_a_slow_disk_has_time_for_others() {
+        let began = Instant::now();
+        let spacing = |took, has_news| {
+            let last_commit = Some((began, Duration::from_millis(took)));
+            Schedule { last_commit, ..Schedule::new() }.next_commit(has_news) - began
+        };
+        let spaced = [(0, true), (1, true), (3, true), (30, true), (1, false)];
+        assert_eq!(
+            spaced.map(|(took, has_news)| spacing(took, has_news).as_millis()),
+            [10, 10, 30, 100, 100]
+        );
+        assert!(Schedule::new().next_commit(false) <= Instant::now());
     }
 }

@@ -24,8 +24,6 @@ use crate::history::record::Record;
 use crate::model::ContainerId;
 use crate::threads;
 
-/// Least time between two commits, unless a batch is full.
-pub(super) const COMMIT_SPACING: Duration = Duration::from_millis(100);
 /// How often a commit is tried when driftd stops.
 const TRIES_AT_STOP: u32 = 3;
 
@@ -116,9 +114,9 @@ impl Writing {
     }
 
     fn due(&self) -> Instant {
-        let Schedule { last_commit, next_prune, next_file_check, .. } = self.schedule;
+        let Schedule { next_prune, next_file_check, .. } = self.schedule;
         let retry = self.schedule.retry_at();
-        let after_last = last_commit.map_or_else(Instant::now, |last| last + COMMIT_SPACING);
+        let after_last = self.schedule.next_commit(self.pending.has_news());
         if self.database.memory.is_some() {
             let write = if self.pending.is_empty() { next_file_check } else { after_last };
             return retry.map_or(write, |at| write.min(at));
@@ -144,8 +142,10 @@ impl Writing {
     }
 
     fn commit(&mut self) {
-        self.schedule.last_commit = Some(Instant::now());
-        match self.pending.write(&mut self.database.disk) {
+        let began = Instant::now();
+        let written = self.pending.write(&mut self.database.disk);
+        self.schedule.committed(began);
+        match written {
             Ok(newest) => {
                 if self.schedule.end_retry() {
                     tracing::info!("the history can be written again");

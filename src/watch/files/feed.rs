@@ -41,6 +41,9 @@ pub(crate) struct Feed {
 
 impl Feed {
     pub(crate) fn run(mut self) {
+        // What it knows is asked for within moments. Without CAP_SYS_NICE this thread runs like
+        // the others, and writers are unknown more often.
+        let _ = rustix::process::setpriority_process(None, -5);
         let group = self.group.clone();
         let mut buffer = Buffer::new();
         // Before anything is written: without the group, each execution would wait in vain.
