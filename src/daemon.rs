@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use crossbeam_channel::{Sender, bounded};
@@ -37,7 +38,7 @@ use crate::respond::{Response, ResponseRequest};
 use crate::sys::capabilities::{self, Capabilities};
 use crate::sys::channel::Channel;
 use crate::sys::procfs::Handle;
-use crate::sys::{pidfd, process};
+use crate::sys::{memory, pidfd, process};
 use crate::threads::{self, Role, Threads};
 use crate::watch::{self, Scope, SensorCommand, SensorEvent, Watch};
 use crate::{api, respond};
@@ -49,6 +50,9 @@ mod stop;
 use reload::{Reloading, hangups, keep_of, reload};
 use rules::Rules;
 use stop::{ApiTask, Followers, PIPELINE, Running};
+
+/// How often freed memory is given back to the kernel.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(60);
 
 /// The daemon, in the foreground, until it is asked to stop. `reread` reads the settings
 /// again.
@@ -63,6 +67,7 @@ pub fn run(
     );
     // Before any thread is started.
     process::hold_hangups().context("cannot block SIGHUP")?;
+    memory::share_areas();
     let _log = journal::start_log();
     let since = Timestamp::now();
     let health = check_node(config)?;
@@ -433,6 +438,7 @@ async fn serve(
     let log = journal::follow(backend.history.clone(), backend.committed.clone(), logged, since);
     let log = tokio::spawn(log);
     tokio::spawn(feed_watchdog(pulse));
+    tokio::spawn(give_memory_back());
     // Fails without systemd, which is no error.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(socket = %config.socket.display(), "driftd is watching");
@@ -442,6 +448,16 @@ async fn serve(
     let reason = ends.first(&mut api).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     Ok((reason, (api, log)))
+}
+
+/// After a load, most of its memory is freed and used by nothing.
+async fn give_memory_back() {
+    let mut turns = tokio::time::interval(GIVE_BACK_EVERY);
+    loop {
+        turns.tick().await;
+        // It holds up allocations for milliseconds at most, but not this thread's other tasks.
+        let _ = tokio::task::spawn_blocking(memory::give_back).await;
+    }
 }
 
 /// Everything whose end ends the daemon, besides the API and the signals.

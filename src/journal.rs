@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
-use tracing_appender::non_blocking::WorkerGuard;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
@@ -38,6 +38,9 @@ const LONGEST_VALUE: usize = 4096;
 const PAGE: usize = 256;
 const PAGE_BYTES: usize = 64 << 10;
 
+/// How many lines may wait for a reader that has stopped. The room for them is taken at once.
+const WAITING_LINES: usize = 8192;
+
 /// Starts the log; it ends when the guard is dropped. `DRIFTD_LOG` selects what is logged, in
 /// tracing's filter syntax.
 pub fn start_log() -> WorkerGuard {
@@ -49,14 +52,15 @@ pub fn start_log() -> WorkerGuard {
         .with_env_var("DRIFTD_LOG")
         .from_env_lossy();
     let log = tracing_subscriber::fmt().with_env_filter(filter);
+    let non_blocking = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES);
     if is_the_journal()
         && let Ok(socket) = UnixDatagram::unbound()
     {
-        let (writer, guard) = tracing_appender::non_blocking(Journal(socket));
+        let (writer, guard) = non_blocking.finish(Journal(socket));
         log.event_format(Entry).with_writer(OneEntry(writer)).init();
         return guard;
     }
-    let (writer, guard) = tracing_appender::non_blocking(io::stderr());
+    let (writer, guard) = non_blocking.finish(io::stderr());
     log.with_writer(writer).with_ansi(io::stderr().is_terminal()).init();
     guard
 }

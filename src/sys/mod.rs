@@ -22,6 +22,7 @@ pub mod handle;
 pub mod hash;
 pub mod lease;
 pub mod map;
+pub mod memory;
 pub mod mounts;
 pub mod overlay;
 pub mod peer;

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use driftd::health::Failure;
-use driftd::model::{Fact, FileFact};
+use driftd::model::{CouldChange, Fact, FileFact};
 use driftd::watch::{SensorCommand, Trust, Verdict};
 
 use crate::common::{changed, wait_for};
@@ -42,6 +42,24 @@ fn a38_a_layer_file_changed_under_a_running_container_is_reported_when_executed(
     let (_, blake3) = node.reported_as(&container, "/bin/true").unwrap();
     assert_eq!(blake3, hash_of(container.lower().join("bin/true")));
     assert_eq!(node.scan(&container).names(), ["/tmp/true"]);
+    node.assert_no_loss();
+}
+
+#[test]
+fn b22_a_program_of_the_image_that_links_itself_is_proven_to_be_unchanged() {
+    let (container, mut node) = attached();
+    // Its first link copies it up. A scan finds it there.
+    container.shell("ln /bin/busybox /tmp/first; rm /tmp/first");
+    node.scan(&container);
+    for round in 0..20 {
+        // Executed once by its process: the kernel merges what one process does.
+        let link = format!("/tmp/link{round}");
+        let linked = container.command(&["/bin/busybox", "ln", "/bin/busybox", &link]).status();
+        assert!(linked.unwrap().success());
+        let executed = node.until_executed(&path("/bin/busybox"));
+        assert_eq!(executed.state.blake3(), Some(hash_of(BUSYBOX)));
+        assert_eq!(executed.state.could_change, CouldChange::No, "round {round}");
+    }
     node.assert_no_loss();
 }
 

@@ -76,7 +76,8 @@ pub struct Queue {
 
 /// A job, and its number among the jobs that are not over.
 pub(super) struct Submitted {
-    pub(super) job: RecordRequest,
+    /// Boxed: the queues take the room for all that may wait at once.
+    pub(super) job: Box<RecordRequest>,
     pub(super) ticket: u64,
 }
 
@@ -138,7 +139,7 @@ impl Recorder {
     /// report the result. The event is sent also if the chain was recorded before.
     pub fn submit(&self, job: RecordRequest) {
         let ticket = self.shared.jobs.add();
-        let job = Submitted { job, ticket };
+        let job = Submitted { job: Box::new(job), ticket };
         let refused = if job.job.container.is_some() {
             let needed: Vec<LayerId> = job.job.layers.iter().map(|layer| layer.id).collect();
             self.shared.urgency.raise();

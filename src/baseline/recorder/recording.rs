@@ -61,7 +61,7 @@ impl Worker {
         if self.inbox.urgent.is_empty() {
             self.shared.urgency.lower();
         }
-        let RecordRequest { image, container, layers, proof, progress, done } = job;
+        let RecordRequest { image, container, layers, proof, progress, done } = *job;
         if let Some(container) = &container {
             self.containers.keep(container, &layers, result.is_err(), waited);
         }

@@ -265,7 +265,7 @@ impl Worker {
                 progress: None,
                 done: None,
             };
-            self.record(Submitted { job, ticket }, Some(wait));
+            self.record(Submitted { job: Box::new(job), ticket }, Some(wait));
         }
         if self.next_collection <= now {
             self.next_collection = now + COLLECT;

@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::lower::{self, Finding, TwinReading};
 use super::shared::Files;
 use super::state::{self, Begun, Reading, Which};
-use super::ways;
+use super::{upper, ways};
 use crate::model::{FileState, FileType, LowerTwin, RootfsPath};
 use crate::sys::file::{self, Stat};
 use crate::sys::overlay::{self, Opacity};
@@ -183,9 +183,9 @@ pub(crate) fn entry(
         return Ok(Examined::Found(Found::Whiteout));
     }
     reading.stat = stat;
-    reading.is_compared |= in_image
-        && (lower::holds_program(layers, path)
-            || compares_data && lower::holds_file_of(layers, path, stat.size));
+    let has_program = in_image && lower::holds_program(layers, path);
+    let has_its_size = || in_image && lower::holds_file_of(layers, path, stat.size);
+    reading.is_compared |= has_program || compares_data && has_its_size();
     let content = if overlay::is_metacopy(&fd, user)? {
         // The content is in a layer below. The merged view shows it, but does not exist any
         // more once the container has ended.
@@ -195,6 +195,9 @@ pub(crate) fn entry(
             Err(_) => Stored::below(layers, path, fd),
         }
     } else {
+        if has_program && has_its_size() {
+            upper::listen_to_file(shared, watched, &fd);
+        }
         Stored::Own(fd)
     };
     Ok(reading.begin(shared, content))

@@ -5,6 +5,7 @@
 //! and inodes of the upper layer; here they are visible. It does not judge what it finds.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
 
 use super::shared::Files;
 use crate::model::RootfsPath;
@@ -38,6 +39,17 @@ pub(crate) fn listen_near(
     let handle = FileHandle::of(&directory).ok()?;
     shared.closings.listen_to(handle.clone(), &directory);
     Some(handle)
+}
+
+/// Listens for writers of a program of the image that was copied up, before it is executed there:
+/// it may get other names meanwhile (`busybox --install`), and be written to by way of a
+/// directory that is not marked.
+pub(crate) fn listen_to_file(shared: &Files, watched: &Arc<Watched>, file: &OwnedFd) {
+    let is_running =
+        shared.table.get(&watched.container).is_some_and(|it| Arc::ptr_eq(&it, watched));
+    if is_running && let Ok(handle) = FileHandle::of(file) {
+        shared.closings.listen_to_file(&watched.container, handle, file);
+    }
 }
 
 /// Whether both are the same file of the upper layer. For a copy of an image's file, an overlay
