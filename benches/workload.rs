@@ -115,6 +115,8 @@ int main(int argc, char **argv)
             if (spawn(path) || unlink(path))
                 return 1;
             printf("%s %lld\n", path, at);
+            if (argc > 4)
+                usleep(1000 * atoi(argv[4]));
         }
         times[i] = now(CLOCK_MONOTONIC) - start;
     }
@@ -134,6 +136,7 @@ struct Size {
     rounds: usize,
     many: [usize; 3],
     dropped: usize,
+    one_by_one: usize,
     idle: Duration,
 }
 
@@ -151,6 +154,7 @@ fn main() -> anyhow::Result<()> {
             rounds: 7,
             many: [1, 10, 50],
             dropped: 1000,
+            one_by_one: 200,
             idle: Duration::from_secs(30),
         },
         Some(_) => Size {
@@ -160,6 +164,7 @@ fn main() -> anyhow::Result<()> {
             rounds: 3,
             many: [1, 3, 6],
             dropped: 200,
+            one_by_one: 50,
             idle: Duration::from_secs(10),
         },
     };
@@ -349,9 +354,18 @@ fn took(ran: &node::Ran) -> anyhow::Result<Took> {
 
 // ---- from the execution to the stream
 
-/// How long after the start of a dropped program its finding is on the API's stream.
+/// How long after the start of a dropped program its finding is on the API's stream: one by one,
+/// with pauses in which all is stored, and as fast as they can.
 fn reported(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Result<()> {
-    let count = size.dropped;
+    latencies(node, container, ("/app", size.one_by_one, "200"))?;
+    latencies(node, container, ("/tmp", size.dropped, "0"))
+}
+
+fn latencies(
+    node: &Node,
+    container: &Container<'_>,
+    (directory, count, pause): (&str, usize, &str),
+) -> anyhow::Result<()> {
     let mut follower = node
         .driftd_command(&["findings", "--follow", "-o", "jsonl", "--kind", "exec.new"])
         .stdout(Stdio::piped())
@@ -367,10 +381,11 @@ fn reported(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Resu
         }
     });
     // It follows when it has read the first one.
-    container.begin("/app/worker drop /app 1")?.finish(PATIENCE)?;
+    container.begin("/app/worker drop /run 1")?.finish(PATIENCE)?;
     received.recv_timeout(Duration::from_secs(60)).context("the stream is silent")?;
     let cpu = processor_time(node)?;
-    let ran = container.begin(&format!("/app/worker drop /tmp {count}"))?.finish(PATIENCE)?;
+    let drops = format!("/app/worker drop {directory} {count} {pause}");
+    let ran = container.begin(&drops)?.finish(PATIENCE)?;
     ensure!(ran.status == 0, "{ran:?}");
     let mut started: HashMap<&str, f64> = HashMap::new();
     for line in ran.output.lines() {
@@ -400,7 +415,7 @@ fn reported(node: &Node, container: &Container<'_>, size: &Size) -> anyhow::Resu
             .unwrap_or(f64::NAN)
     };
     println!(
-        "\n{count} dropped programs, gone at once: {} reported; from spawn to the API stream p50 {:.2} ms, \
+        "\n{count} dropped programs, {pause} ms apart, gone at once: {} reported; from spawn to the API stream p50 {:.2} ms, \
          p90 {:.2} ms, p99 {:.2} ms; the daemon's processor time {:.0} µs each",
         latencies.len(),
         at(50),
