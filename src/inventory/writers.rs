@@ -216,14 +216,19 @@ impl<'a> Work<'a> {
         (at > 0 && process.tty.is_none()).then_some(Work { process, above })
     }
 
-    /// The same program with the same arguments, run by the same programs.
+    /// The same program with the same arguments, run by the same programs. The user is not known
+    /// of a process that is known from the kernel's records alone.
     fn is_same(&self, earlier: &Work<'_>) -> bool {
         let Work { process, above } = self;
-        let own = |one: &Process| (one.exe.clone(), one.argv.clone(), one.uid, one.root.clone());
+        let own = |one: &Process| (one.exe.clone(), one.argv.clone(), one.root.clone());
+        let is_same_user = process.uid.is_none()
+            || earlier.process.uid.is_none()
+            || process.uid == earlier.process.uid;
         let programs = |above: &[Ancestor]| -> Option<Vec<String>> {
             above.iter().map(|above| above.exe.clone()).collect()
         };
         process.argv.is_some()
+            && is_same_user
             && own(process) == own(earlier.process)
             && programs(above).is_some_and(|above| programs(earlier.above) == Some(above))
     }

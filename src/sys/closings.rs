@@ -83,6 +83,17 @@ impl Closings {
         Ok(self.fanotify.mark(MarkFlags::FAN_MARK_ADD, mask, file, None::<&str>)?)
     }
 
+    /// The same, for as long as the kernel keeps the file in memory (Linux 5.19).
+    pub fn mark_file_loosely(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        let mask = MaskFlags::from_bits_retain(MASK);
+        let flags = MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_EVICTABLE;
+        match self.fanotify.mark(flags, mask, file, None::<&str>) {
+            // It has a mark that lasts longer.
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+            Err(err) => Err(err.into()),
+        }
+    }
+
     /// Reads the events that are there, at most as many as the buffer holds; `WouldBlock` if
     /// there are none.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<Vec<Happened>> {

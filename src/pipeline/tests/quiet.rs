@@ -462,7 +462,8 @@ fn w08_sources_that_a_build_unpacks_again_are_one_line_and_another_archive_is_no
     unpack(&mut node, installer(60, &argv, &[named(21, "/bin/busybox"), main]));
     // By the kernel's records alone.
     let recorded = (ProcessIdentity { pid: main.0.pid, start_time: 0 }, main.1);
-    unpack(&mut node, installer(70, &argv, &[named(22, "/bin/busybox"), recorded]));
+    let nameless = Process { uid: None, ..installer(70, &argv, &[build, recorded]) };
+    unpack(&mut node, nameless);
     assert_eq!(node.lines(), ["exec.script high /src/configure1 4 4"]);
     // Another archive, another program above, a process from outside, a person, an orphan.
     let other = ["/usr/bin/tar", "xf", "/tmp/evil.tar"];
@@ -473,7 +474,9 @@ fn w08_sources_that_a_build_unpacks_again_are_one_line_and_another_archive_is_no
     typed.tty = Some("pts/0".to_owned());
     unpack(&mut node, typed);
     unpack(&mut node, installer(84, &argv, &[main]));
-    assert_eq!(node.lines().len(), 6, "{:#?}", node.lines());
+    let other_user = Process { uid: Some(7), ..installer(85, &argv, &[build, main]) };
+    unpack(&mut node, other_user);
+    assert_eq!(node.lines().len(), 7, "{:#?}", node.lines());
 }
 
 #[test]

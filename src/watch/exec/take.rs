@@ -190,7 +190,7 @@ impl Take {
                     }
                 };
                 let known = path.as_ref().ok().map(|(path, _)| path);
-                writer_check = WriterCheck::at(&self.shared, &execution, known);
+                writer_check = WriterCheck::at(&self.shared, &execution, &fd, known);
                 watched.give_back(file, fd);
                 path
             }

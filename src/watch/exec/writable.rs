@@ -7,12 +7,14 @@
 //! old bytes. Neither an event nor a time shows this: the times of a file move when a clean
 //! page is first stored to, and then not until that page has been written back.
 //!
-//! Three observations close most of this gap:
+//! Four observations close most of this gap:
 //!
 //! - No process has the upper file open or mapped for writing: the kernel grants a lease
 //!   (`sys::lease`). The lease is requested as soon as the gate has handed the file on.
-//! - No writer has gone between the execution and that moment (`closings`). A file with several
-//!   names is marked itself when it is first executed; what is executed before is not proven.
+//! - No writer has gone between the execution and that moment (`closings`), by the directory's
+//!   mark. A file with several names is marked itself when it is first executed.
+//! - Each file is marked itself while it is examined (Linux 5.19). If its times had not moved by
+//!   then, and no writer has closed it since by any name, it was not written to.
 //! - The file's times after it was read are those from when the gate was asked. A new
 //!   writer has to store to a page that it has not mapped yet, which moves them. (Since
 //!   Linux 6.13 each change after the times were read gets a time of its own; before, two
@@ -26,7 +28,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use super::execution::Execution;
 use crate::model::{CouldChange, Filesystem, RootfsPath};
-use crate::sys::file::Stat;
+use crate::sys::file::{self, Stat};
 use crate::sys::handle::FileHandle;
 use crate::sys::lease;
 use crate::watch::core::watched::Watched;
@@ -43,6 +45,8 @@ pub(crate) struct WriterCheck {
     reported: Option<Reported>,
     /// Up to where the closings were read when it was checked first.
     seen: Option<Position>,
+    /// Its times were still those of the gate's request then, and it was listened to itself.
+    was_unchanged: bool,
     is_own: bool,
     upper: Option<Upper>,
     pid: u32,
@@ -64,6 +68,7 @@ impl WriterCheck {
     pub(crate) fn at(
         shared: &Files,
         execution: &Execution,
+        file: &OwnedFd,
         path: Option<&RootfsPath>,
     ) -> WriterCheck {
         let Execution { watched, filesystem, stat, layer_file, caller, .. } = execution;
@@ -72,12 +77,16 @@ impl WriterCheck {
             WriterCheck { is_own, pid: caller.pid, asked: caller.asked, ..WriterCheck::default() };
         let Some(path) = path.filter(|_| is_own) else { return check };
         let Some(fd) = upper::upper(watched, path, stat) else { return check };
+        // First: what happens after the checks is an event.
+        let is_listened_to = shared.closings.listen_for_now(&fd);
         let has_writer = lease::has_writer(fd.as_fd());
         check.upper = Upper::of(shared, watched, path, stat, fd);
         if let (Ok(has_writer), writers) = (has_writer, check.writers(shared)) {
             check.had_writer = has_writer || writers.is_some_and(|writers| writers.has_gone);
             check.reported = writers.and_then(|writers| writers.reported);
             check.seen = writers.map(|writers| writers.seen);
+            check.was_unchanged =
+                is_listened_to && file::stat(file).is_ok_and(|now| !upper::has_changed(stat, &now));
         }
         check
     }
@@ -104,17 +113,16 @@ impl WriterCheck {
         }
         let shown = || {
             let upper = self.upper.as_ref()?;
-            if before.links.max(now.links) > 1 && upper.marked != upper.file {
-                // By another name it can be changed in a directory that has no mark.
-                return None;
-            }
+            // By another name it can be changed in a directory that has no mark.
+            let is_observed = before.links.max(now.links) <= 1 || upper.marked == upper.file;
             let has_writer = match &upper.fd {
                 Some(fd) => lease::has_writer(fd.as_fd()),
                 None => lease::has_writer(upper::upper(watched, path, now)?.as_fd()),
             };
             let writers = self.writers(shared)?;
-            let none_since = writers.reported.is_some() && writers.none_since;
-            Some(match (has_writer.ok()? || writers.has_gone, none_since) {
+            let none_since = is_observed && writers.reported.is_some() && writers.none_since;
+            let is_proven = none_since || self.was_unchanged && writers.none_since_asked;
+            Some(match (has_writer.ok()? || writers.has_gone, is_proven) {
                 (true, _) => CouldChange::HadWriter,
                 (false, true) => CouldChange::No,
                 (false, false) => CouldChange::Unproven,

@@ -95,6 +95,8 @@ pub(crate) struct Writers {
     pub(crate) has_gone: bool,
     /// No writer can have closed it since; `false` also if that is unknown.
     pub(crate) none_since: bool,
+    /// No writer can have closed it since it was asked first; `false` also if that is unknown.
+    pub(crate) none_since_asked: bool,
     /// The kernel reported the execution. Without that event, nothing is known of it.
     pub(crate) reported: Option<Reported>,
     /// What was read by now.
@@ -147,6 +149,13 @@ impl Closings {
             own.push(handle.clone());
         }
         self.mark(handle, |group| group.mark_file(file.as_fd()));
+    }
+
+    /// Listens to an open file while it is examined, whatever its names are. False if the kernel
+    /// cannot.
+    pub(crate) fn listen_for_now(&self, file: &OwnedFd) -> bool {
+        let group = self.group.as_ref();
+        group.is_some_and(|group| group.mark_file_loosely(file.as_fd()).is_ok())
     }
 
     /// Forgets the files of a container that has ended.
@@ -233,7 +242,11 @@ impl Closings {
         let mut log = self.log();
         let is_all = self.read_all(&mut log);
         let writers = log.writers(executed);
-        Writers { none_since: writers.none_since && is_all, ..writers }
+        Writers {
+            none_since: writers.none_since && is_all,
+            none_since_asked: writers.none_since_asked && is_all,
+            ..writers
+        }
     }
 }
 
@@ -292,6 +305,7 @@ impl Log {
             none_since: reported
                 .is_some_and(|Reported(execution)| is_observed && none_after(execution))
                 || was_marked && before.is_some_and(|(_, before)| none_after(*before)),
+            none_since_asked: since.is_some_and(none_after),
             seen: self.last,
         }
     }
@@ -366,6 +380,27 @@ mod tests {
         // The report of the execution shows that it was marked.
         check("| | 7x |", 0, "none since, reported");
         check("7x", 1, "none since, reported");
+    }
+
+    #[test]
+    fn a_file_that_is_listened_to_is_known_from_then_on() {
+        let mut log = Log::default();
+        let (file, marked) = (&handle("f"), &handle("d"));
+        let executed = Executed { file, marked, pid: 7, asked: 1, reported: None, since: None };
+        let first = log.writers(&executed);
+        assert!(!first.none_since_asked, "nothing was asked before");
+        let again = Executed { since: Some(first.seen), ..executed };
+        assert!(log.writers(&again).none_since_asked);
+        let closed =
+            |name: &str| Happened::To { file: handle(name), pid: 8, executed: false, closed: true };
+        log.add(closed("other"));
+        assert!(log.writers(&again).none_since_asked);
+        log.add(closed("f"));
+        let Writers { none_since_asked, has_gone, .. } = log.writers(&again);
+        assert_eq!((none_since_asked, has_gone), (false, true));
+        let now = log.last;
+        log.add(Happened::Unknown);
+        assert!(!log.writers(&Executed { since: Some(now), ..executed }).none_since_asked);
     }
 
     #[test]
