@@ -147,6 +147,7 @@ fn b30_other_images(node: &Node) -> anyhow::Result<()> {
             "describe",
             "processes",
             "trace",
+            "feed",
             "unseen",
             "mounts",
             "errand"
